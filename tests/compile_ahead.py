@@ -1,0 +1,161 @@
+"""Compile every kernel variant for GPUs that are not here, and report what came out.
+
+    python tests/compile_ahead.py [--dump FOLDER]
+
+prints one JSON object per variant and target: registers, spilled bytes, and how wide the loads and stores of embedding
+rows are. The arguments are those that the launchers themselves pass: the launches are recorded, not made. It is a
+program of its own because a process in which Triton interprets kernels cannot compile them.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from ptuning_fast.kernels import backward as launch_backward
+from ptuning_fast.kernels import forward as launch_forward
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ptuning_fast import kernels  # noqa: F401
+
+TARGETS = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)] + [GPUTarget("hip", "gfx942", 64)]
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+class Recorder:
+    """Stands where a kernel is and keeps the arguments of its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def source_of(kernel, args, kwargs):
+    """What Triton's own launcher would compile for these arguments: types, constants, divisibility."""
+    signature, constants, attributes, options = {}, {}, {}, {}
+    for name, value in kwargs.items():
+        (constants if name in kernel.arg_names else options)[name] = value
+    for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
+        parameter = kernel.params[index]
+        if value is None:
+            constants[name] = None
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            constants[name] = 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def launches(d, weight_dtype, prompt_dtype, ids_dtype, mask_dtype, layout, bank, scale, extras):
+    """The launches of one forward and one backward, recorded."""
+    B, n, m, V, K = 65, 24, 16, 64, 3
+    modules = [__import__("ptuning_fast.kernels." + name, fromlist=["x"]) for name in ("forward", "backward")]
+    names = ["scan_mask_kernel", "prepend_prompt_kernel", "prompt_grad_kernel"]
+    recorders = []
+    for module, name in itertools.product(modules, names):
+        if hasattr(module, name):
+            recorders.append((module, name, Recorder(getattr(module, name))))
+    try:
+        for module, name, recorder in recorders:
+            setattr(module, name, recorder)
+        ids = torch.zeros(B, n, dtype=ids_dtype)
+        index = torch.zeros(B, dtype=ids_dtype) if bank else None
+        mask = None if mask_dtype is None else torch.ones(B, n, dtype=mask_dtype)
+        prompt = torch.zeros(*([K] if bank else []), m, d, dtype=prompt_dtype)
+        lengths = [n] * B if layout == "packed" and mask is not None else None
+        results = launch_forward(
+            *(ids, mask, torch.zeros(V, d, dtype=weight_dtype), prompt),
+            *((ids, ids, 2) if extras else (None, None, None)),
+            *(index, scale, layout == "adjacent", layout == "packed", lengths),
+        )
+        launch_backward(results[0], prompt.shape, prompt_dtype, results[6], index, layout == "packed")
+    finally:
+        for module, name, recorder in recorders:
+            setattr(module, name, recorder.kernel)
+    return [launch for _, _, recorder in recorders for launch in recorder.launches]
+
+
+def variants():
+    """Arguments of `launches`: each width with each dtype, each layout with each option."""
+    f32, bf16, f16, i64, i32 = torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32
+    for d, (weight, prompt) in itertools.product((384, 768, 4096), ((f32, f32), (bf16, f32), (bf16, bf16), (f16, f32))):
+        yield d, weight, prompt, i64, i64, "plain", False, 1.0, True
+    for layout, bank, scale in itertools.product(("plain", "adjacent", "packed"), (False, True), (1.0, 3.5)):
+        yield 768, bf16, f32, i32, torch.bool, layout, bank, scale, True
+    for layout in ("plain", "packed"):
+        yield 768, f32, f32, i64, None, layout, False, 1.0, False
+    yield 768, f32, f16, i64, f32, "adjacent", False, 1.0, False
+    yield 100, f32, f32, i64, i64, "plain", False, 1.0, True
+
+
+def report(kernel, args, kwargs, target, dump=None):
+    """Compile one launch for one target and describe the result."""
+    source, options = source_of(kernel, args, kwargs)
+    compiled = triton.compile(source, target=target, options=options)
+    row = {"kernel": kernel.__name__, "target": f"{target.backend}:{target.arch}", "shared": compiled.metadata.shared}
+    if target.backend == "cuda":
+        text = compiled.asm["ptx"]
+        row["wide_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*\.(?:v4\.b32|v2\.b64)", text))
+        row["wide_stores"] = len(re.findall(r"st\.global(?:\.\w+)*\.(?:v4\.b32|v2\.b64)", text))
+        row["assert"] = "__assertfail" in text
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage = subprocess.run(
+                [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+            )
+        numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
+        row["registers"], row["stack"], row["local"] = map(int, numbers.groups())
+    else:
+        text = compiled.asm["amdgcn"]
+        row["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+        row["wide_stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", text))
+        row["assert"] = "s_trap" in text or "__assert_fail" in text
+        row["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        row["local"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        row["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+    if dump:
+        (Path(dump) / f"{kernel.__name__}-{target.backend}-{target.arch}-{source.hash()[:12]}.s").write_text(text)
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dump", help="write the assembly of each variant into this folder")
+    options = parser.parse_args()
+    for variant in variants():
+        for launch, target in itertools.product(launches(*variant), TARGETS):
+            row = report(*launch, target, options.dump)
+            print(json.dumps(row | {"d": variant[0], "variant": [str(part) for part in variant[1:]]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

