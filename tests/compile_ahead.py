@@ -39,6 +39,9 @@ TYPES = {
 }
 
 
+REPORTED = {}  # what `report` found out, by what it compiled: variants have launches in common
+
+
 class Recorder:
     """Stands where a kernel is and keeps the arguments of its launches."""
 
@@ -73,9 +76,9 @@ def source_of(kernel, args, kwargs):
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def launches(d, weight_dtype, prompt_dtype, ids_dtype, mask_dtype, layout, bank, scale, extras):
+def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, mask_dtype, extras):
     """The launches of one forward and one backward, recorded."""
-    B, n, m, V, K = 65, 24, 16, 64, 3
+    n, m, V, K = 24, 16, 64, 3
     modules = [__import__("ptuning_fast.kernels." + name, fromlist=["x"]) for name in ("forward", "backward")]
     names = ["scan_mask_kernel", "prepend_prompt_kernel", "prompt_grad_kernel"]
     recorders = []
@@ -103,28 +106,50 @@ def launches(d, weight_dtype, prompt_dtype, ids_dtype, mask_dtype, layout, bank,
 
 
 def variants():
-    """Arguments of `launches`: each width with each dtype, each layout with each option."""
+    """Arguments of `launches`: every kind of variant, though not every combination of kinds, which would take minutes.
+
+    The first twelve hold each width with each pair of dtypes, each layout with each pair of dtypes, and each layout
+    with each choice of bank and scale, once. A batch of 65 splits the sum of the backward in two launches, one of 8
+    does not.
+    """
     f32, bf16, f16, i64, i32 = torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32
-    for d, (weight, prompt) in itertools.product((384, 768, 4096), ((f32, f32), (bf16, f32), (bf16, bf16), (f16, f32))):
-        yield d, weight, prompt, i64, i64, "plain", False, 1.0, True
-    for layout, bank, scale in itertools.product(("plain", "adjacent", "packed"), (False, True), (1.0, 3.5)):
-        yield 768, bf16, f32, i32, torch.bool, layout, bank, scale, True
-    for layout in ("plain", "packed"):
-        yield 768, f32, f32, i64, None, layout, False, 1.0, False
-    yield 768, f32, f16, i64, f32, "adjacent", False, 1.0, False
-    yield 100, f32, f32, i64, i64, "plain", False, 1.0, True
+    yield 65, 384, f32, f32, "plain", False, 1.0, i64, i64, True
+    yield 65, 768, f32, f32, "adjacent", True, 1.0, i32, torch.bool, True
+    yield 8, 4096, f32, f32, "packed", False, 3.5, i64, i64, True
+    yield 65, 4096, bf16, f32, "plain", True, 1.0, i64, i64, True
+    yield 8, 384, bf16, f32, "adjacent", False, 3.5, i64, f32, False
+    yield 8, 768, bf16, f32, "packed", True, 3.5, i32, torch.bool, True
+    yield 8, 768, bf16, bf16, "plain", False, 3.5, i64, bf16, True
+    yield 65, 4096, bf16, bf16, "adjacent", True, 3.5, i64, i64, True
+    yield 8, 384, bf16, bf16, "packed", False, 1.0, i32, None, True
+    yield 8, 384, f16, f32, "plain", True, 3.5, i64, None, False
+    yield 8, 768, f16, f32, "adjacent", False, 1.0, i64, i64, True
+    yield 8, 4096, f16, f32, "packed", True, 1.0, i64, f16, False
+    yield 8, 768, f32, f16, "plain", False, 1.0, i64, i32, True
+    yield 65, 100, f32, f32, "plain", False, 1.0, i64, i64, True
 
 
 def report(kernel, args, kwargs, target, dump=None):
     """Compile one launch for one target and describe the result."""
     source, options = source_of(kernel, args, kwargs)
+    key = source.hash(), json.dumps(options, sort_keys=True), target
+    if key in REPORTED:
+        return REPORTED[key]
     compiled = triton.compile(source, target=target, options=options)
-    row = {"kernel": kernel.__name__, "target": f"{target.backend}:{target.arch}", "shared": compiled.metadata.shared}
+    types = dict(zip(kernel.arg_names, args)) | kwargs
+    row = {
+        "kernel": kernel.__name__,
+        "target": f"{target.backend}:{target.arch}",
+        "tensors": {name: TYPES[value.dtype] for name, value in types.items() if isinstance(value, torch.Tensor)},
+        "constants": {name: value for name, value in kwargs.items() if name.isupper()},
+        "threads": compiled.metadata.num_warps * target.warp_size,
+        "shared": compiled.metadata.shared,
+    }
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
         row["wide_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*\.(?:v4\.b32|v2\.b64)", text))
         row["wide_stores"] = len(re.findall(r"st\.global(?:\.\w+)*\.(?:v4\.b32|v2\.b64)", text))
-        row["assert"] = "__assertfail" in text
+        row["asserts"] = len(re.findall(r"^\s*__assertfail", text, re.MULTILINE))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
@@ -136,14 +161,17 @@ def report(kernel, args, kwargs, target, dump=None):
         row["registers"], row["stack"], row["local"] = map(int, numbers.groups())
     else:
         text = compiled.asm["amdgcn"]
-        row["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
-        row["wide_stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", text))
-        row["assert"] = "s_trap" in text or "__assert_fail" in text
+        # The kernel's own code, without that of the library functions that report a failed assert.
+        own = re.search(rf"^{kernel.__name__}:.*?^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)[0]
+        row["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", own))
+        row["wide_stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", own))
+        row["asserts"] = own.count("s_trap")
         row["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         row["local"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         row["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
     if dump:
         (Path(dump) / f"{kernel.__name__}-{target.backend}-{target.arch}-{source.hash()[:12]}.s").write_text(text)
+    REPORTED[key] = row
     return row
 
 
@@ -151,10 +179,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dump", help="write the assembly of each variant into this folder")
     options = parser.parse_args()
-    for variant in variants():
-        for launch, target in itertools.product(launches(*variant), TARGETS):
+    for number, variant in enumerate(variants()):
+        for (step, launch), target in itertools.product(enumerate(launches(*variant)), TARGETS):
             row = report(*launch, target, options.dump)
-            print(json.dumps(row | {"d": variant[0], "variant": [str(part) for part in variant[1:]]}), flush=True)
+            place = {"variant": number, "launch": step, "d": variant[1], "arguments": [str(part) for part in variant]}
+            print(json.dumps(place | row), flush=True)
 
 
 if __name__ == "__main__":

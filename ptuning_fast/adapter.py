@@ -1,0 +1,72 @@
+"""Adapter files: small tensors and their settings, in one safetensors file that is replaced in one step."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["WEIGHTS", "check_writable", "load", "save"]
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None:
+    """Write `tensors` and `settings` (JSON) into `folder`, which is made if it is not there.
+
+    Each file is written under another name, forced to disk and renamed. A crash leaves the old adapter or the new one:
+    `load` reads the safetensors file alone, settings included.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    with _replacing(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "ptuning_fast": text})
+    with _replacing(folder / CONFIG) as temporary:
+        Path(temporary).write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors (on the CPU) and the settings that `save` wrote."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter in {folder}: there is no {WEIGHTS}")
+    try:
+        with safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get("ptuning_fast", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError now if an adapter cannot be saved in `folder` later."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A temporary name beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

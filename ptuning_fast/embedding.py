@@ -1,0 +1,70 @@
+"""The op over a model's own input embedding: read directly where that is exact, called as it is everywhere else."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .functional import prepend_prompt
+
+__all__ = ["prepend"]
+
+
+def prepend(
+    embedding: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt: Tensor, **options
+) -> dict[str, Tensor | int]:
+    """`prepend_prompt` with the rows that `embedding(input_ids)` gives; the other arguments and the result are its own.
+
+    The table of a plain `nn.Embedding`, or of one of transformers' scaled ones, is read by the kernel. Whatever else a
+    model has (hooks, `max_norm`, sharded, quantised, offloaded or trainable weights, another class) is called, and the
+    rows are put together by plain torch operations, with one warning that says why.
+    """
+    obstacle = unreadable(embedding)
+    if obstacle is None:
+        scale = embed_scale(embedding)
+        return prepend_prompt(
+            input_ids, attention_mask, weight=embedding.weight, prompt=prompt, embed_scale=scale, **options
+        )
+    warnings.warn(
+        f"the input embedding ({type(embedding).__name__}) is called, not read by the fused kernel: {obstacle}",
+        stacklevel=2,
+    )
+    rows = embedding(input_ids)
+    places = torch.arange(input_ids.numel(), device=rows.device).view(input_ids.shape)
+    return reference.prepend_prompt(places, attention_mask, weight=rows.flatten(0, 1), prompt=prompt, **options)
+
+
+def unreadable(embedding: nn.Module) -> str | None:
+    """Why `embedding.weight[ids] * scale` might not be what `embedding(ids)` returns, or None where it is."""
+    kind = type(embedding)
+    if kind is not nn.Embedding and not (issubclass(kind, nn.Embedding) and kind.__name__.endswith(_SCALED)):
+        return "it is not a plain nn.Embedding"
+    if embedding._forward_hooks or embedding._forward_pre_hooks or "forward" in vars(embedding):
+        return "it has hooks, or a forward of its own"
+    if embedding._backward_hooks or embedding._backward_pre_hooks:
+        return "it has backward hooks"
+    if embedding.max_norm is not None:
+        return f"max_norm={embedding.max_norm} renormalises rows as they are looked up"
+    weight = embedding.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {type(weight).__name__}"
+    if weight.device.type == "meta" or hasattr(weight, "ds_id"):
+        return "its weight is not on this device as a whole"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
+    return None
+
+
+# transformers' embeddings that multiply by `embed_scale` and do nothing else (Bart, Gemma 3, ... ).
+_SCALED = "ScaledWordEmbedding"
+
+
+def embed_scale(embedding: nn.Module) -> float:
+    """The factor on the rows of a readable embedding, as exact as its own forward applies it."""
+    scale = getattr(embedding, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):
+        # Gemma's is a buffer, cast to the weight's dtype; its value is also kept as a number, which costs no sync.
+        number = embedding.scalar_embed_scale if hasattr(embedding, "scalar_embed_scale") else scale.item()
+        scale = torch.tensor(number, dtype=embedding.weight.dtype).item()
+    return scale

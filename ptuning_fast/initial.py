@@ -1,0 +1,42 @@
+"""What the rows of a prompt start as."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["initial_prompt"]
+
+
+def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokenizer: str) -> Tensor:
+    """The first value of a prompt, [length, d] in fp32.
+
+    Args:
+        init: `"normal"` draws from the standard normal; `"vocab"` samples rows of the token table (Lester et al. 2021,
+            arXiv 2104.08691, section 3.2); a tensor [length, d] is copied; any other text is tokenised and embedded,
+            repeated or cut to `length`.
+        length: rows of the prompt, m.
+        embedding: the model's input embedding, [V, d].
+        tokenizer: hub id or folder of the tokenizer, for a text.
+    """
+    V, d = embedding.weight.shape
+    if isinstance(init, Tensor):
+        if init.shape != (length, d):
+            raise ValueError(
+                f"init must be [{length}, {d}] (prompt length, embedding width); it is {tuple(init.shape)}"
+            )
+        return init.detach().float().clone()
+    if not isinstance(init, str):
+        raise TypeError(f"init must be 'normal', 'vocab', a text or a tensor, not {type(init).__name__}")
+    if init == "normal":
+        return torch.randn(length, d)
+    if init == "vocab":
+        ids = torch.randperm(V)
+        ids = ids[ids != embedding.padding_idx] if getattr(embedding, "padding_idx", None) is not None else ids
+    else:
+        from transformers import AutoTokenizer
+
+        ids = torch.tensor(AutoTokenizer.from_pretrained(tokenizer)(init, add_special_tokens=False)["input_ids"])
+    if len(ids) == 0:
+        raise ValueError(f"init={init!r} has no tokens: give a longer text, 'normal' or 'vocab'")
+    ids = ids.repeat(-(-length // len(ids)))[:length]
+    with torch.no_grad():
+        return embedding(ids.to(embedding.weight.device)).float().cpu()

@@ -1,0 +1,182 @@
+"""`python -m ptuning_fast train`: train a prompt for text classification, measure it, keep it."""
+
+import statistics
+import tempfile
+import time
+from collections import Counter
+from random import Random
+
+import torch
+
+from . import adapter
+from .classifier import FastPTuning
+from .docstrings import stdlib_docstrings
+from .encoder import DEMO, load_encoder
+from .reference import ReferencePTuning
+from .tables import InputError, read_labelled
+
+__all__ = ["run"]
+
+
+def run(options) -> None:
+    """Train with the options of the command line and print what came out."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise InputError("training needs accelerate: pip install 'ptuning-fast[train]'") from None
+    from transformers import set_seed
+
+    try:
+        adapter.check_writable(options.output)
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {options.output}: {error.strerror or error}") from None
+    train, held_out = _data(options)
+    names = sorted(set(train[1]))
+    _check_labels(train, held_out, names)
+
+    set_seed(options.seed)
+    encoder, tokenizer = load_encoder(options.model or DEMO)
+    try:
+        model = FastPTuning(
+            encoder,
+            options.prompt_length,
+            len(names),
+            pooling=options.pooling,
+            init=options.init,
+            mode=options.mode,
+            id2label=dict(enumerate(names)),
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    model.base_model = options.model or DEMO
+    model.max_length = min(options.max_length, model.max_length or options.max_length)
+
+    train, held_out = (_tokenize(part, tokenizer, model.max_length, names) for part in (train, held_out))
+    cut = sum(row["cut"] for row in train + held_out)
+    print(
+        f"{len(train)} texts to train on, {len(held_out)} held out, {len(names)} labels; "
+        f"{cut} texts cut to {model.max_length} tokens"
+    )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{trainable:,} trained parameters before a frozen {type(encoder).__name__} ({model.base_model})", flush=True)
+
+    trainer = _fit(model, tokenizer, train, held_out, options)
+    model.save_pretrained(options.output)
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    majority, count = Counter(row["labels"] for row in held_out).most_common(1)[0]
+    print(f"held-out accuracy {accuracy:.3f}; always saying {names[majority]!r} gives {count / len(held_out):.3f}")
+    _compare_speed(model, trainer)
+    print(f"adapter saved in {options.output}")
+
+
+def _data(options):
+    """((texts, labels), (texts, labels)): to train on, and held out."""
+    columns = options.text_column, options.label_column
+    if options.train_file:
+        texts, labels = read_labelled(options.train_file, *columns)
+    else:
+        texts, labels = stdlib_docstrings()
+    if options.eval_file:
+        return (texts, labels), read_labelled(options.eval_file, *columns)
+    # A fifth of each label's texts, one at least where there are two.
+    places = {}
+    for place, label in enumerate(labels):
+        places.setdefault(label, []).append(place)
+    random, held_out = Random(options.seed), set()
+    for label in sorted(places):
+        random.shuffle(places[label])
+        held_out.update(places[label][: max(len(places[label]) // 5, len(places[label]) > 1)])
+    parts = ([p for p in range(len(texts)) if (p in held_out) == held] for held in (False, True))
+    return tuple(([texts[p] for p in part], [labels[p] for p in part]) for part in parts)
+
+
+def _check_labels(train, held_out, names):
+    if len(names) < 2:
+        raise InputError(f"there is one label only, {names[0]!r}: a classifier needs two or more")
+    if not held_out[0]:
+        raise InputError("there are too few texts to hold any out: give more, or an --eval-file")
+    unknown = sorted(set(held_out[1]) - set(names))
+    if unknown:
+        raise InputError(f"the label {unknown[0]!r} is held out and is not among those trained on ({', '.join(names)})")
+
+
+def _tokenize(part, tokenizer, max_length, names):
+    """Rows for the collator; `cut` says that a text was longer than the model takes."""
+    texts, labels = part
+    full = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+    rows = tokenizer(texts, truncation=True, max_length=max_length)
+    number = {name: place for place, name in enumerate(names)}
+    return [
+        {key: rows[key][i] for key in rows} | {"labels": number[labels[i]], "cut": len(full[i]) > max_length}
+        for i in range(len(texts))
+    ]
+
+
+def _fit(model, tokenizer, train, held_out, options):
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=options.epochs,
+            learning_rate=options.learning_rate,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
+            seed=options.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=lambda result: {"accuracy": (result.predictions.argmax(-1) == result.label_ids).mean()},
+        )
+        trainer.train()
+    return trainer
+
+
+def _compare_speed(model, trainer, steps=5):
+    """Training steps of this model and of the torch.cat reference, in turn, on the same batches."""
+    encoder = model.bert
+    table = getattr(getattr(encoder, "embeddings", None), "word_embeddings", None)
+    if table is None or table.weight.shape[1] != encoder.config.hidden_size or model.pooling != "first":
+        print(
+            "examples/s: the torch.cat reference does not take this encoder or pooling, so there is nothing to compare"
+        )
+        return
+    device = next(encoder.parameters()).device
+    reference = ReferencePTuning(encoder, model.prompt_length, model.num_labels).to(device).train()
+    model.train()
+    batches = []
+    for batch in trainer.get_train_dataloader():
+        batches.append({key: value.to(device) for key, value in batch.items()})
+        if len(batches) == steps:
+            break
+
+    def step(module, batch):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        logits = module(batch["input_ids"], batch["attention_mask"])
+        torch.nn.functional.cross_entropy(logits, batch["labels"]).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return len(batch["labels"]) / (time.perf_counter() - start)
+
+    rates = {"fast": [], "reference": []}
+    for turn in range(-1, 3 * len(batches)):  # the first turn warms up
+        for name, module in (("fast", model), ("reference", reference)):
+            rate = step(module, batches[turn % len(batches)])
+            if turn >= 0:
+                rates[name].append(rate)
+            module.zero_grad()
+    fast, slow = (statistics.median(rates[name]) for name in ("fast", "reference"))
+    print(
+        f"examples/s in training steps: {fast:.1f}, the torch.cat reference {slow:.1f} (x {fast / slow:.2f}, "
+        f"medians of {len(rates['fast'])} steps in turn on {device.type}, mode {model.mode!r})"
+    )
