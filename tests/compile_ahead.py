@@ -149,7 +149,7 @@ def report(kernel, args, kwargs, target, dump=None):
         text = compiled.asm["ptx"]
         row["wide_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*\.(?:v4\.b32|v2\.b64)", text))
         row["wide_stores"] = len(re.findall(r"st\.global(?:\.\w+)*\.(?:v4\.b32|v2\.b64)", text))
-        row["asserts"] = len(re.findall(r"^\s*__assertfail", text, re.MULTILINE))
+        row["asserts"] = len(re.findall(r"call[^;]*__assertfail,", text))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
