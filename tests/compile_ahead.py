@@ -8,6 +8,7 @@ program of its own because a process in which Triton interprets kernels cannot c
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -108,9 +109,8 @@ def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, m
 def variants():
     """Arguments of `launches`: every kind of variant, though not every combination of kinds, which would take minutes.
 
-    The first twelve hold each width with each pair of dtypes, each layout with each pair of dtypes, and each layout
-    with each choice of bank and scale, once. A batch of 65 splits the sum of the backward in two launches, one of 8
-    does not.
+    Each width and each layout meets fp32 and bf16 tables; each layout has variants with and without a bank, and with
+    and without a scale. A batch of 65 splits the sum of the backward in two launches, one of 8 does not.
     """
     f32, bf16, f16, i64, i32 = torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32
     yield 65, 384, f32, f32, "plain", False, 1.0, i64, i64, True
@@ -122,10 +122,8 @@ def variants():
     yield 8, 768, bf16, bf16, "plain", False, 3.5, i64, bf16, True
     yield 65, 4096, bf16, bf16, "adjacent", True, 3.5, i64, i64, True
     yield 8, 384, bf16, bf16, "packed", False, 1.0, i32, None, True
-    yield 8, 384, f16, f32, "plain", True, 3.5, i64, None, False
     yield 8, 768, f16, f32, "adjacent", False, 1.0, i64, i64, True
-    yield 8, 4096, f16, f32, "packed", True, 1.0, i64, f16, False
-    yield 8, 768, f32, f16, "plain", False, 1.0, i64, i32, True
+    yield 8, 768, f32, f16, "plain", True, 3.5, i64, None, False
     yield 65, 100, f32, f32, "plain", False, 1.0, i64, i64, True
 
 
@@ -179,6 +177,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dump", help="write the assembly of each variant into this folder")
     options = parser.parse_args()
+    gc.disable()  # collections would take a tenth of the time
     for number, variant in enumerate(variants()):
         for (step, launch), target in itertools.product(enumerate(launches(*variant)), TARGETS):
             row = report(*launch, target, options.dump)
