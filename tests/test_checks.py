@@ -1,0 +1,290 @@
+"""Bad input: the error names the value and the limit, and nothing is launched."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from ptuning_fast import functional, prepend_prompt
+
+V, D, M = 9, 8, 2
+
+
+def batch(device, **changes):
+    """Two rows of three tokens, changed by keyword; tensors go to `device`."""
+    arguments = {
+        "input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "weight": torch.randn(V, D, generator=torch.Generator().manual_seed(0)),
+        "prompt": torch.randn(M, D, generator=torch.Generator().manual_seed(1)),
+    } | changes
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in arguments.items()}
+
+
+@pytest.fixture
+def no_launch(monkeypatch):
+    """A launch of any kernel, or a call of the torch path, fails the test."""
+
+    class Never:
+        def __getitem__(self, grid):
+            raise AssertionError("a kernel was launched on bad input")
+
+    def never(*_):
+        raise AssertionError("the torch path was called on bad input")
+
+    if functional.kernels is None:
+        monkeypatch.setattr(functional.torch_path, "forward", never)
+        return
+    for module in ("forward", "backward"):
+        module = sys.modules[f"ptuning_fast.kernels.{module}"]
+        for name in ("scan_mask_kernel", "prepend_prompt_kernel", "prompt_grad_kernel"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Never())
+
+
+INDEX = torch.tensor([0, 1])
+BANK = torch.randn(2, M, D)
+BAD = {
+    "ids 1-D": ({"input_ids": torch.tensor([1, 2])}, ValueError, r"input_ids must be \[batch, tokens\].*\(2,\)"),
+    "ids 3-D": ({"input_ids": torch.ones(1, 2, 3).long()}, ValueError, r"input_ids must be .* \(1, 2, 3\)"),
+    "ids float": ({"input_ids": torch.ones(2, 3)}, TypeError, "input_ids must be int32 or int64, not torch.float32"),
+    "ids int16": ({"input_ids": torch.ones(2, 3).short()}, TypeError, "input_ids must be int32 or int64.*int16"),
+    "table 1-D": ({"weight": torch.randn(D)}, ValueError, r"weight must be a float table \[V, d\].*\(8,\)"),
+    "table 3-D": ({"weight": torch.randn(1, V, D)}, ValueError, r"weight must be .*\(1, 9, 8\)"),
+    "table int": ({"weight": torch.ones(V, D).long()}, ValueError, r"weight must be a float table.*int64 \(9, 8\)"),
+    "table trained": (
+        {"weight": torch.randn(V, D, requires_grad=True)},
+        ValueError,
+        r"weight requires grad.*freeze it first.*requires_grad_\(False\)",
+    ),
+    "prompt int": ({"prompt": torch.ones(M, D).long()}, TypeError, "prompt must be a float tensor, not torch.int64"),
+    "prompt 1-D": ({"prompt": torch.randn(D)}, ValueError, r"prompt must be \[m, d\].*d = 8.*\(8,\)"),
+    "prompt wide": ({"prompt": torch.randn(M, D + 1)}, ValueError, r"prompt must be .*d = 8.*it is \(2, 9\)"),
+    "bank alone": ({"prompt": BANK}, ValueError, r"a bank \[K, m, d\] with prompt_index.*it is \(2, 2, 8\)"),
+    "index alone": ({"prompt_index": INDEX}, ValueError, r"prompt must be a bank \[K, m, d\].*it is \(2, 8\)"),
+    "bank wide": (
+        {"prompt": torch.randn(2, M, D + 1), "prompt_index": INDEX},
+        ValueError,
+        r"a bank \[K, m, d\] with d = 8.*\(2, 2, 9\)",
+    ),
+    "mask shape": (
+        {"attention_mask": torch.ones(2, 4)},
+        ValueError,
+        r"attention_mask must be \(2, 3\), as input_ids; it is \(2, 4\)",
+    ),
+    "mask 4-D": ({"attention_mask": torch.ones(2, 1, 3, 3)}, ValueError, r"attention_mask must be \(2, 3\).*3, 3\)"),
+    "mask complex": (
+        {"attention_mask": torch.ones(2, 3, dtype=torch.complex64)},
+        TypeError,
+        "attention_mask must be bool, int or float, not torch.complex64",
+    ),
+    "types shape": ({"token_type_ids": torch.ones(2, 4).long()}, ValueError, r"token_type_ids must be \(2, 3\).*2, 4"),
+    "types bool": ({"token_type_ids": torch.ones(2, 3).bool()}, TypeError, "token_type_ids must be int32 .*torch.bool"),
+    "labels shape": ({"labels": torch.ones(2).long()}, ValueError, r"labels must be \(2, 3\).*it is \(2,\)"),
+    "labels float": ({"labels": torch.ones(2, 3)}, TypeError, "labels must be int32 or int64, not torch.float32"),
+    "index shape": (
+        {"prompt": BANK, "prompt_index": torch.tensor([0, 1, 0])},
+        ValueError,
+        r"prompt_index must be \[2\], one per row; its shape is \(3,\)",
+    ),
+    "index 2-D": ({"prompt": BANK, "prompt_index": INDEX[None]}, ValueError, r"prompt_index must be \[2\].*\(1, 2\)"),
+    "index float": (
+        {"prompt": BANK, "prompt_index": INDEX.float()},
+        TypeError,
+        "prompt_index must be int32 or int64, not torch.float32",
+    ),
+    "position": ({"position_start": 1.5}, TypeError, "position_start must be an int, not float"),
+    "position tensor": ({"position_start": torch.tensor(2)}, TypeError, "position_start must be an int, not Tensor"),
+    "lengths unpacked": ({"lengths": [3, 2]}, ValueError, "lengths is for packed=True"),
+    "lengths few": ({"lengths": [3], "packed": True}, ValueError, "lengths has 1 entries for a batch of 2 rows"),
+    "lengths many": (
+        {"lengths": torch.tensor([3, 2, 1]), "packed": True},
+        ValueError,
+        "lengths has 3 entries for a batch of 2 rows",
+    ),
+    "lengths long": (
+        {"lengths": [3, 4], "packed": True},
+        ValueError,
+        r"lengths\[1\] is 4, but a row has from 0 to 3 tokens",
+    ),
+    "lengths negative": (
+        {"lengths": torch.tensor([-1, 2]), "packed": True},
+        ValueError,
+        r"lengths\[0\] is -1, but a row has from 0 to 3 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(backend, no_launch, name):
+    changes, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        prepend_prompt(**batch(backend, **changes))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "weight", "prompt", "token_type_ids", "labels", "prompt_index"])
+def test_tensors_on_another_device(backend, no_launch, name):
+    ids = torch.ones(2, 3).long()
+    extra = {"token_type_ids": ids, "labels": ids, "prompt": BANK, "prompt_index": INDEX}
+    arguments = batch(backend, **extra)
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta and input_ids on {backend.type}.*move them to one device"):
+        prepend_prompt(**arguments)
+
+
+def test_lengths_on_another_device(backend, no_launch):
+    with pytest.raises(ValueError, match="lengths must be known on the host: .* not one on meta"):
+        prepend_prompt(**batch(backend, packed=True), lengths=torch.tensor([3, 2], device="meta"))
+
+
+def on_cpu(device):
+    """Skips where ids and lengths are checked on the GPU, and not by Python."""
+    if device.type != "cpu":
+        pytest.skip("on a GPU this takes a synchronisation, so nobody looks before the launch")
+    return device
+
+
+@pytest.mark.parametrize("lengths", [[2, 2], torch.tensor([3, 3])], ids=["fewer", "more"])
+def test_lengths_that_are_not_the_mask_s(backend, no_launch, lengths):
+    row = 0 if lengths[0] == 2 else 1
+    with pytest.raises(
+        ValueError, match=rf"lengths\[{row}\] is {lengths[row]}, but the mask of that row has {3 - row} "
+    ):
+        prepend_prompt(**batch(on_cpu(backend)), packed=True, lengths=lengths)
+
+
+def test_lengths_without_a_mask(backend, no_launch):
+    with pytest.raises(ValueError, match=r"lengths\[1\] is 2, but the mask of that row has 3 tokens"):
+        prepend_prompt(**batch(on_cpu(backend), attention_mask=None), packed=True, lengths=[3, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("layout", ["plain", "adjacent", "packed"])
+@pytest.mark.parametrize("bad", [-1, V, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_ids_outside_the_table(backend, dtype, layout, bad, gradient):
+    ids = torch.tensor([[1, 2, 3], [4, bad, 6]], dtype=dtype)
+    arguments = batch(on_cpu(backend), input_ids=ids, **({} if layout == "plain" else {layout: True}))
+    arguments["prompt"].requires_grad_(gradient)
+    with pytest.raises(IndexError, match=rf"input_ids\[1, 1\] is {bad}, outside .*0 to 8 \(V = 9\)"):
+        prepend_prompt(**arguments)
+
+
+@pytest.mark.parametrize("layout", ["plain", "adjacent"])
+def test_ids_outside_the_table_count_under_padding_too(backend, layout):
+    """Unless they are dropped they are looked up."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, V]])
+    with pytest.raises(IndexError, match=r"input_ids\[1, 2\] is 9"):
+        prepend_prompt(**batch(on_cpu(backend), input_ids=ids), adjacent=layout == "adjacent")
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 2]])
+@pytest.mark.parametrize("bad", [-1, V, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("mask", [[1, 1, 0], [1, 0, 1], [0, 1, 1]], ids=["right", "hole", "left"])
+def test_packed_never_looks_dropped_ids_up(backend, bad, lengths, mask):
+    mask = torch.tensor([[1, 1, 1], mask])
+    good = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    arguments = batch(backend, attention_mask=mask, input_ids=torch.where(mask == 0, bad, good))
+    embeds = prepend_prompt(**arguments, packed=True, lengths=lengths)["inputs_embeds"]
+    tokens = good[1][mask[1] != 0].to(backend)
+    weight, prompt = arguments["weight"], arguments["prompt"]
+    expected = torch.cat([prompt, weight[1:4], prompt, weight[tokens]])[None]
+    assert torch.equal(embeds, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("layout", ["plain", "adjacent", "packed"])
+@pytest.mark.parametrize("bad", [-1, 2])
+def test_prompts_outside_the_bank(backend, dtype, layout, bad):
+    index = torch.tensor([0, bad], dtype=dtype)
+    options = {} if layout == "plain" else {layout: True}
+    with pytest.raises(IndexError, match=rf"prompt_index\[1\] is {bad}, outside the bank: it holds prompts 0 to 1"):
+        prepend_prompt(**batch(on_cpu(backend), prompt=BANK, prompt_index=index, **options))
+
+
+def test_empty_table(backend):
+    with pytest.raises(IndexError, match=r"input_ids\[0, 0\] is 1, outside .*V = 0"):
+        prepend_prompt(**batch(on_cpu(backend), weight=torch.randn(0, D)))
+
+
+def interpreted_kernels():
+    if functional.kernels is None or torch.cuda.is_available():
+        pytest.skip("an id outside the table is an assert on a GPU; what would be read shows in the interpreter")
+    return functional.kernels
+
+
+@pytest.mark.parametrize("bad", [-1, V, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_kernel_reads_nothing_outside_the_table(bad, scale):
+    """The launcher alone, with its device-side assert left out: the row is NaN, and the rows around it are as always."""
+    kernels = interpreted_kernels()
+    around = torch.full((V + 2, D), 7.0)  # the table's neighbours in memory
+    around[1:-1] = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+    weight, prompt = around[1:-1], torch.randn(M, D)
+    ids = torch.tensor([[1, bad, 3]])
+    out = launch_without_asserts(
+        kernels, ids, None, weight, prompt, *(None, None, None, None, scale, False, False, None)
+    )
+    assert out.isnan().any(-1).tolist() == [[False, False, False, True, False]]
+    assert out[0, 3].isnan().all()
+    assert torch.equal(out[0, [0, 1, 2, 4]], torch.cat([prompt, weight[[1, 3]] * scale]))
+
+
+@pytest.mark.parametrize("bad", [-1, 2])
+def test_kernel_reads_nothing_outside_the_bank(bad):
+    kernels = interpreted_kernels()
+    around = torch.full((4, M, D), 7.0)
+    weight, ids = torch.randn(V, D), torch.tensor([[1], [2]])
+    index = torch.tensor([1, bad])
+    out = launch_without_asserts(
+        kernels, ids, None, weight, around[1:-1], *(None, None, None, index, 1.0, False, False, None)
+    )
+    assert out[1, :M].isnan().all()
+    assert torch.equal(out[0, :M], around[2])
+    assert torch.equal(out[:, M:], weight[ids])
+
+
+def launch_without_asserts(kernels, *arguments):
+    """inputs_embeds of a launch in which a failed device-side assert does not stop the interpreter."""
+    import triton.language as tl
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tl, "device_assert", lambda *_, **__: None)
+        return kernels.forward(*arguments)[0]
+
+
+def test_kernel_asserts_its_ids():
+    kernels = interpreted_kernels()
+    ids = torch.tensor([[1, V]])
+    with pytest.raises(Exception, match="outside the embedding table"):
+        kernels.forward(
+            *(ids, None, torch.randn(V, D), torch.randn(M, D)), *(None, None, None, None, 1.0, False, False, None)
+        )
+
+
+def test_fp64_tables_take_the_torch_path():
+    arguments = batch("cpu", weight=torch.randn(V, D).double(), attention_mask=None)
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("error")
+        if functional.kernels is not None:
+            patch.setattr(functional.kernels, "forward", None)
+        embeds = prepend_prompt(**arguments)["inputs_embeds"]
+    assert embeds.dtype == torch.float64
+    assert torch.equal(embeds[:, :M], arguments["prompt"].double().expand(2, M, D))
+    assert torch.equal(embeds[:, M:], arguments["weight"][arguments["input_ids"]])
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"), [(None, "Triton is not available"), (functional.kernels, "torch.float64")]
+)
+def test_a_gpu_without_the_kernels_warns(monkeypatch, kernels, reason):
+    """Once for each device type and dtype."""
+    monkeypatch.setattr(functional, "kernels", kernels)
+    functional._warn_torch_path.cache_clear()
+    with pytest.warns(UserWarning, match=f"on meta runs as plain torch operations.*{reason}"):
+        prepend_prompt(**batch("meta", weight=torch.randn(V, D).double()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepend_prompt(**batch("meta", weight=torch.randn(V, D).double()))
+    functional._warn_torch_path.cache_clear()

@@ -1,0 +1,174 @@
+"""`python -m ptuning_fast`: training on real files, predicting, and one line for whatever cannot be used."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from ptuning_fast import FastPTuning, functional, train
+from ptuning_fast.__main__ import main
+from ptuning_fast.docstrings import PACKAGES, stdlib_docstrings
+
+
+@pytest.fixture(autouse=True)
+def torch_path(monkeypatch):
+    """The command line as users without a GPU run it: Triton's interpreter would take minutes."""
+    monkeypatch.setattr(functional, "kernels", None)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Short docstrings of two packages, 30 each."""
+    texts, labels = stdlib_docstrings()
+    short = [(text, label) for text, label in zip(texts, labels) if len(text) < 80 and label in ("asyncio", "xml")]
+    return [row for label in ("asyncio", "xml") for row in [r for r in short if r[1] == label][:30]]
+
+
+def write(path, rows, names=("text", "label")):
+    """A CSV, JSON lines or Parquet file of these rows."""
+    records = [dict(zip(names, row)) for row in rows]
+    if path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return str(path)
+
+
+def test_the_embedded_text():
+    texts, labels = stdlib_docstrings()
+    assert 1500 < len(texts) == len(labels) < 3000
+    assert set(labels) == set(PACKAGES)
+    assert min(labels.count(package) for package in PACKAGES) > 100
+    assert stdlib_docstrings() == (texts, labels)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch, suffix):
+    file = write(tmp_path / f"train{suffix}", rows, ("review", "stars"))
+    folder = tmp_path / "new/adapter"
+    columns = ["--text-column", "review", "--label-column", "stars"]
+    options = ["--prompt-length", "4", "--epochs", "3", "--batch-size", "8", "--output", str(folder), *columns]
+    assert main(["train", "--train-file", file, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "48 texts to train on, 12 held out, 2 labels; 0 texts cut to 128 tokens" in printed
+    assert "held-out accuracy" in printed and "gives 0.500" in printed
+    assert "the torch.cat reference" in printed
+    assert f"adapter saved in {folder}" in printed
+    accuracy = float(printed.split("held-out accuracy ")[1].split(";")[0])
+    assert accuracy > 0.5, "it has learned nothing"
+
+    model = FastPTuning.from_pretrained(folder, minilm)
+    texts = [row[0] for row in rows[::7]]
+    batch = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = [model.id2label[number] for number in model(**batch).argmax(-1).tolist()]
+    test_file = write(tmp_path / f"test{suffix}", [(text,) for text in texts], ("review",))
+    assert main(["predict", "--adapter", str(folder), "--file", test_file, "--text-column", "review"]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{' '.join(text.split())}\n" for text in texts)))
+    assert main(["predict", "--adapter", str(folder), "--scores", "--output", str(tmp_path / "labels.tsv")]) == 0
+    lines = [line.split("\t") for line in (tmp_path / "labels.tsv").read_text().splitlines()]
+    assert [label for label, _ in lines] == expected
+    assert all(0.5 <= float(score) <= 1 for _, score in lines)
+
+
+def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys):
+    long = [*rows[:10], ("word " * 700, "xml"), *rows[-10:]]
+    file = write(tmp_path / "train.csv", long)
+    options = ["--epochs", "0.1", "--max-length", "999", "--output", str(tmp_path / "a"), "--prompt-length", "8"]
+    assert main(["train", "--train-file", file, *options]) == 0
+    assert "1 texts cut to 504 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--train-file", "{tmp}/missing.csv"], "missing.csv: there is no such file"),
+        (["--train-file", "{tmp}/rows.csv", "--text-column", "body"], "no column 'body'; it has 'text', 'label'"),
+        (["--train-file", "{tmp}/rows.csv", "--label-column", "stars"], "no column 'stars'"),
+        (["--train-file", "{tmp}/rows.txt"], "must end in one of .csv"),
+        (["--train-file", "{tmp}/nothing.csv"], "nothing.csv is empty"),
+        (["--train-file", "{tmp}/header.csv"], "header.csv has no rows"),
+        (["--train-file", "{tmp}/one.csv"], "one label only, 'xml'"),
+        (["--train-file", "{tmp}/broken.jsonl"], "cannot read"),
+        (["--train-file", "{tmp}/null.jsonl"], "row 2 has no value in column 'label'"),
+        (["--train-file", "{tmp}/nested.jsonl"], "row 1 of column 'text' holds a list"),
+        (["--train-file", "{tmp}/not.parquet"], "cannot read"),
+        (["--train-file", "{tmp}/two.csv"], "too few texts"),
+        (["--train-file", "{tmp}/rows.csv", "--eval-file", "{tmp}/other.csv"], "label 'email' is held out"),
+        (["--train-file", "{tmp}/rows.csv", "--model", "{tmp}/nowhere"], "cannot load the model"),
+        (["--train-file", "{tmp}/rows.csv", "--prompt-length", "600"], "leaves no room for text"),
+        (["--train-file", "{tmp}/rows.csv", "--init", " "], "has no tokens"),
+        (["--output", "{tmp}/rows.txt/adapter"], "cannot write to the folder"),
+    ],
+)
+def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, message):
+    write(tmp_path / "rows.csv", rows)
+    write(tmp_path / "one.csv", [row for row in rows if row[1] == "xml"])
+    write(tmp_path / "two.csv", [rows[0], rows[-1]])
+    write(tmp_path / "other.csv", [("text", "email")])
+    write(tmp_path / "header.csv", [])
+    (tmp_path / "rows.txt").write_text("text")
+    (tmp_path / "nothing.csv").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label"\n')
+    (tmp_path / "null.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n')
+    (tmp_path / "nested.jsonl").write_text('{"text": ["a"], "label": "b"}\n')
+    (tmp_path / "not.parquet").write_text("this is no Parquet file")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text("the old one")
+    options = [option.format(tmp=tmp_path) for option in change]
+    if "--output" not in options:
+        options += ["--output", str(adapter)]
+    assert main(["train", *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: ")
+    assert message in printed.err.splitlines()[-1]
+    assert "Traceback" not in printed.err
+    assert (adapter / "adapter_model.safetensors").read_text() == "the old one"
+    assert len(list(adapter.iterdir())) == 1
+
+
+def test_predict_without_an_adapter(tmp_path, capsys):
+    assert main(["predict", "--adapter", str(tmp_path)]) == 2
+    assert "no adapter in" in capsys.readouterr().err
+
+
+def test_interrupted(monkeypatch, tmp_path, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupt)
+    assert main(["train", "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was saved\n"
+
+
+@pytest.mark.parametrize(
+    "options", [["--epochs", "0"], ["--batch-size", "0"], ["--mode", "x"], ["--learning-rate", "nan"]]
+)
+def test_bad_options(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *options])
+    assert stop.value.code == 2
+    assert "error: argument" in capsys.readouterr().err
+
+
+def test_as_a_program(tmp_path):
+    """The module runs, and a mistake is one line and exit status 2 there too."""
+    command = [sys.executable, "-m", "ptuning_fast", "train", "--train-file", "missing.csv"]
+    run = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.strip() == "error: missing.csv: there is no such file"
