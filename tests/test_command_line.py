@@ -88,8 +88,8 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
 def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys):
     long = [*rows[:10], ("word " * 700, "xml"), *rows[-10:]]
     file = write(tmp_path / "train.csv", long)
-    options = ["--epochs", "0.1", "--max-length", "999", "--output", str(tmp_path / "a"), "--prompt-length", "8"]
-    assert main(["train", "--train-file", file, *options]) == 0
+    options = ["--epochs", "0.1", "--max-length", "999", "--prompt-length", "8", "--batch-size", "2"]
+    assert main(["train", "--train-file", file, "--output", str(tmp_path / "a"), *options]) == 0
     assert "1 texts cut to 504 tokens" in capsys.readouterr().out
 
 
