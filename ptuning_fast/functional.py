@@ -92,19 +92,19 @@ def prepend_prompt(
     elif device.type != "cpu":
         _warn_torch_path(device.type, weight.dtype)
 
-    arguments = (input_ids, attention_mask, weight)
-    options = (token_type_ids, labels, position_start, prompt_index, embed_scale, adjacent, packed, lengths)
     try:
-        if prompt.requires_grad and torch.is_grad_enabled():
-            results = _PrependPrompt.apply(prompt, backend, arguments, options)
-        else:
-            results = backend.forward(*arguments, prompt, *options)
+        results = backend.forward(
+            *(input_ids, attention_mask, weight, prompt.detach(), token_type_ids, labels, position_start),
+            *(prompt_index, embed_scale, adjacent, packed, lengths),
+        )
     except (IndexError, RuntimeError):
         if device.type == "cpu":
             _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
         raise
+    inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, prompt_start, max_length = results
+    if prompt.requires_grad and torch.is_grad_enabled():
+        inputs_embeds = _PromptGradient.apply(prompt, (inputs_embeds,), backend, prompt_start, prompt_index, packed)
 
-    inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, _, max_length = results
     out = {"inputs_embeds": inputs_embeds}
     if out_mask is not None:
         out["attention_mask"] = out_mask
@@ -120,28 +120,25 @@ def prepend_prompt(
     return out
 
 
-class _PrependPrompt(torch.autograd.Function):
-    """Gradient for the prompt alone. The weight table is passed inside a tuple, so autograd never sees it."""
+class _PromptGradient(torch.autograd.Function):
+    """Ties inputs_embeds, already computed, to the prompt that its gradient flows into.
+
+    `computed` is a tuple so that its one tensor counts as an output of this function and not as an input. The weight
+    table does not come here at all.
+    """
 
     @staticmethod
-    def forward(ctx, prompt, backend, arguments, options):
-        results = backend.forward(*arguments, prompt, *options)
-        inputs_embeds, *integers, prompt_start, max_length = results
-        prompt_index, packed = options[3], options[6]
-        ctx.mark_non_differentiable(*[tensor for tensor in (*integers, prompt_start) if tensor is not None])
+    def forward(ctx, prompt, computed, backend, prompt_start, prompt_index, packed):
         ctx.save_for_backward(prompt_start, prompt_index)
         ctx.rest = backend, prompt.shape, prompt.dtype, packed
-        ctx.set_materialize_grads(False)
-        return results
+        return computed[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return None, None, None, None
+    def backward(ctx, grad):
         prompt_start, prompt_index = ctx.saved_tensors
         backend, shape, dtype, packed = ctx.rest
-        return backend.backward(grad, shape, dtype, prompt_start, prompt_index, packed), None, None, None
+        return backend.backward(grad, shape, dtype, prompt_start, prompt_index, packed), *[None] * 5
 
 
 def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index):
@@ -186,9 +183,9 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
     if position_start is not None and not isinstance(position_start, int):
         raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
     device = input_ids.device
-    tensors = {"attention_mask": attention_mask, "weight": weight, "prompt": prompt, "labels": labels}
-    tensors |= {"token_type_ids": token_type_ids, "prompt_index": prompt_index}
-    for name, tensor in tensors.items():
+    names = ("weight", "prompt", "attention_mask", "token_type_ids", "labels", "prompt_index")
+    tensors = (weight, prompt, attention_mask, token_type_ids, labels, prompt_index)
+    for name, tensor in zip(names, tensors):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
 

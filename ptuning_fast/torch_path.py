@@ -26,53 +26,43 @@ def forward(
     """What `ptuning_fast.kernels.forward` does, with the same arguments and results."""
     (B, n), d, m = input_ids.shape, weight.shape[1], prompt.shape[-2]
 
-    start = cu_seq_lens = max_length = keep = None
+    start = cu_seq_lens = max_length = keep = column = is_prompt = None
     if packed:
         tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        keep = F.pad(tokens != 0, (m, 0), value=True)
+        keep = torch.constant_pad_nd(tokens != 0, (m, 0), 1)
         rows = keep.sum(1)
-        cu_seq_lens = F.pad(rows.cumsum(0), (1, 0)).to(torch.int32)
+        cu_seq_lens = torch.constant_pad_nd(rows.cumsum(0), (1, 0)).to(torch.int32)
         max_length = int(rows.max()) if B else 0
         start = cu_seq_lens[:B]
     elif adjacent and attention_mask is not None and n:
         start = (attention_mask != 0).cumsum(1).eq(0).sum(1)
-
-    if start is None or packed:
-
-        def lay(tokens, fill):
-            return F.pad(tokens, (m, 0), value=fill)
-    else:
         s = torch.arange(m + n, device=input_ids.device)
         is_prompt = (s >= start[:, None]) & (s < start[:, None] + m)
         column = torch.where(s < start[:, None], s, s - m).clamp_(min=0)
 
-        def lay(tokens, fill):
-            return tokens.gather(1, column).masked_fill_(is_prompt, fill)
-
-    def integers(tokens, fill):
+    def lay(tokens, fill):
+        """[B, n] integers in the layout of the output, `fill` on the prompt rows."""
         if tokens is None:
             return None
-        laid = lay(tokens, fill)
-        return laid[keep][None] if packed else laid
+        if column is not None:
+            return tokens.gather(1, column).masked_fill_(is_prompt, fill)
+        laid = torch.constant_pad_nd(tokens, (m, 0), fill)
+        return laid if keep is None else laid[keep][None]
 
-    out_mask = None if packed else integers(attention_mask, 1)
-    out_types, out_labels = integers(token_type_ids, 0), integers(labels, -100)
+    out_mask = None if packed else lay(attention_mask, 1)
+    out_types, out_labels = lay(token_type_ids, 0), lay(labels, -100)
     position_ids = _positions(input_ids, m, 0 if packed and position_start is None else position_start, out_mask, keep)
 
     if prompt_index is not None:
         prompt = prompt.index_select(0, prompt_index)
-    if start is None and m >= n:
-        # Looking the prompt's columns up, only to write over them, would cost more than a buffer.
-        rows = F.embedding(input_ids, weight)
-        rows = rows if embed_scale == 1.0 else rows.mul_(embed_scale)
-        return (
-            torch.cat([prompt.to(weight.dtype).expand(B, m, d), rows], dim=1),
-            *(out_mask, out_types, out_labels, position_ids, None, None, None),
-        )
+    if start is None and (m >= n or B * n * d < _SMALL):
+        inputs_embeds = F.embedding(input_ids, weight)
+        inputs_embeds = inputs_embeds if embed_scale == 1.0 else inputs_embeds.mul_(embed_scale)
+        inputs_embeds = torch.cat([prompt.to(weight.dtype).expand(B, m, d), inputs_embeds], dim=1)
+        return inputs_embeds, out_mask, out_types, out_labels, position_ids, None, None, None
 
-    # The prompt's columns look up an id that the batch holds anyway, so that an empty table is never read.
-    ids = lay(input_ids, 0)
-    ids = ids[keep] if packed else ids.reshape(-1)
+    # The prompt's columns look up id 0, to be written over.
+    ids = lay(input_ids, 0).reshape(-1)
     inputs_embeds = torch.empty(len(ids), d, dtype=weight.dtype, device=weight.device)
     if n or not m:
         torch.index_select(weight, 0, ids, out=inputs_embeds)
@@ -85,6 +75,11 @@ def forward(
         inputs_embeds[_prompt_rows(start, m, 0 if packed else m + n)] = prompt.to(weight.dtype)
         inputs_embeds = inputs_embeds[None] if packed else inputs_embeds.view(B, m + n, d)
     return inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, start, max_length
+
+
+# Below this many elements, and where the prompt is the longer part, a second buffer costs less than looking up the
+# prompt's columns only to write over them.
+_SMALL = 2**16
 
 
 def _positions(input_ids, m, position_start, out_mask, keep):

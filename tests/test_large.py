@@ -94,6 +94,15 @@ def test_prompt_with_large_strides(backend):
     assert torch.equal(embeds[0, :3], prompt)
 
 
+@pytest.mark.parametrize("strides", [(LIMIT // 2 + 1, 1), (3, LIMIT // 2 + 1)], ids=["rows", "columns"])
+def test_ids_with_large_strides(backend, strides):
+    ids = untouched(LIMIT + 2**24, device=backend, dtype=torch.int32).as_strided((3, 3), strides)
+    ids.copy_(torch.arange(9, device=backend).view(3, 3))
+    weight = rows_of(9, D, device=backend)
+    embeds = prepend_prompt(ids, weight=weight, prompt=rows_of(1, D, device=backend))["inputs_embeds"]
+    assert torch.equal(embeds[:, 1:], weight.view(3, 3, D))
+
+
 @pytest.mark.parametrize("options", [{}, {"adjacent": True}, {"packed": True}], ids=["plain", "adjacent", "packed"])
 @pytest.mark.parametrize("strides", [(LIMIT // 2 + 1, 1), (3, LIMIT // 2 + 1)], ids=["rows", "columns"])
 def test_mask_with_large_strides(backend, options, strides):
@@ -164,3 +173,12 @@ def test_gradient_of_a_large_bank(last_programs):
     actual = functional.kernels.backward(grad, (K, 1, D), torch.float16, None, index, False)
     expected = torch.stack([grad[1, :1], grad[::2, :1].sum(0, dtype=torch.float32).half()])
     assert torch.equal(actual[-2:], expected)
+
+
+def test_positions(backend):
+    """position_start may be as large as a 32-bit integer is; the positions then need more."""
+    ids = torch.zeros(1, 2, dtype=torch.int32, device=backend)
+    out = prepend_prompt(
+        ids, weight=rows_of(1, D, device=backend), prompt=rows_of(1, D, device=backend), position_start=LIMIT - 2
+    )
+    assert out["position_ids"].tolist() == [[LIMIT - 2, LIMIT - 1, LIMIT]]
