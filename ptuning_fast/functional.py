@@ -6,6 +6,7 @@ one `forward` and one `backward` with the same signatures.
 
 import warnings
 from functools import cache
+from operator import index
 
 import torch
 from torch import Tensor
@@ -180,7 +181,7 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
             )
         if prompt_index.dtype not in _INTEGERS:
             raise TypeError(f"prompt_index must be int32 or int64, not {prompt_index.dtype}")
-    if position_start is not None and not isinstance(position_start, int):
+    if position_start is not None and type(position_start) is not int:
         raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
     device = input_ids.device
     names = ("weight", "prompt", "attention_mask", "token_type_ids", "labels", "prompt_index")
@@ -199,6 +200,10 @@ def _check_lengths(lengths, input_ids, attention_mask, packed):
             raise ValueError(f"lengths must be known on the host: a list or a CPU tensor, not one on {lengths.device}")
         lengths = lengths.tolist()
     B, n = input_ids.shape
+    try:
+        lengths = [index(length) for length in lengths]
+    except TypeError:
+        raise TypeError(f"lengths must be {B} integers, one per row; it is {lengths!r}") from None
     if len(lengths) != B:
         raise ValueError(f"lengths has {len(lengths)} entries for a batch of {B} rows")
     for row, length in enumerate(lengths):
@@ -209,7 +214,7 @@ def _check_lengths(lengths, input_ids, attention_mask, packed):
         for row, (length, real) in enumerate(zip(lengths, actual)):
             if length != real:
                 raise ValueError(f"lengths[{row}] is {length}, but the mask of that row has {real} tokens")
-    return list(lengths)
+    return lengths
 
 
 def _raise_for_ids(input_ids, attention_mask, weight, prompt, prompt_index):

@@ -190,16 +190,19 @@ def test_expanded_gradients(backend, expand):
 
 
 @pytest.mark.parametrize("lengths", [list, torch.tensor])
-def test_known_lengths(backend, lengths):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_known_lengths(backend, lengths, dtype):
     arguments = to_device(case(B=3, n=7, m=2, d=20), backend)
+    arguments["weight"] = arguments["weight"].to(dtype)
     known = arguments["attention_mask"].sum(1).tolist()
     expected = prepend_prompt(**arguments, packed=True)
     actual = prepend_prompt(**arguments, packed=True, lengths=lengths(known))
     assert_same(actual, {key: value.cpu() if torch.is_tensor(value) else value for key, value in expected.items()})
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("change", ["one more", "one fewer", "moved", "longest"])
-def test_wrong_lengths_come_out_as_nan(change):
+def test_wrong_lengths_come_out_as_nan(change, dtype):
     """What a GPU does, where nobody compares lengths with the mask: NaN throughout, and no row out of place."""
     if functional.kernels is None:
         pytest.skip("no Triton on this platform")
@@ -208,7 +211,7 @@ def test_wrong_lengths_come_out_as_nan(change):
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], device=device)
     lengths = {"one more": [3, 4], "one fewer": [1, 4], "moved": [3, 3], "longest": [1, 5]}[change]
     results = functional.kernels.forward(
-        *(arguments["input_ids"], mask, arguments["weight"], arguments["prompt"]),
+        *(arguments["input_ids"], mask, arguments["weight"].to(dtype), arguments["prompt"]),
         *(None, None, None, None, 1.0, False, True, lengths),
     )
     assert results[0].shape == (1, sum(lengths) + 4, 20)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .forward import tile_shape
+from .launching import checked_grid, on
 from .rounding import round_to
 
 
@@ -102,23 +103,24 @@ def backward(grad, prompt_shape, prompt_dtype, prompt_start, prompt_index, packe
     splits = batch_splits(B, K * m * chunks)
     parts = out if splits == 1 else torch.empty(splits, K, m, d, dtype=torch.float32, device=grad.device)
     grad_b, grad_s, grad_d = grad.stride()
-    prompt_grad_kernel[(splits * K * m * chunks,)](
-        *(grad, prompt_start, prompt_index, parts),
-        *(B, K, m, d, chunks, triton.cdiv(B, splits)),
-        *(0 if packed else grad_b, grad_s, grad_d),
-        0 if prompt_index is None else prompt_index.stride(0),
-        ROWS=rows,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
-    )
-    if splits > 1:
-        prompt_grad_kernel[(K * m * chunks,)](
-            *(parts, None, None, out),
-            *(splits, 1, K * m, d, chunks, splits),
-            *(K * m * d, d, 1),
-            0,
+    with on(grad.device):
+        prompt_grad_kernel[checked_grid(splits * K * m * chunks)](
+            *(grad, prompt_start, prompt_index, parts),
+            *(B, K, m, d, chunks, triton.cdiv(B, splits)),
+            *(0 if packed else grad_b, grad_s, grad_d),
+            0 if prompt_index is None else prompt_index.stride(0),
             ROWS=rows,
             BLOCK_D=block_d,
             num_warps=num_warps,
         )
+        if splits > 1:
+            prompt_grad_kernel[checked_grid(K * m * chunks)](
+                *(parts, None, None, out),
+                *(splits, 1, K * m, d, chunks, splits),
+                *(K * m * d, d, 1),
+                0,
+                ROWS=rows,
+                BLOCK_D=block_d,
+                num_warps=num_warps,
+            )
     return out

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import checked_grid, on
 from .rounding import round_to
 
 
@@ -263,7 +264,7 @@ def prepend_prompt_kernel(
     is_token = (s < S) & ~is_prompt
     column = tl.where(s < start, s, s - m).to(tl.int64)
     row = b * S + s
-    poisoned = False
+    poisoned = tl.zeros([], tl.int1)
     if lengths is not None:
         tokens, _ = _sum_of_lengths(lengths, b32, BLOCK_B)
         rank = tl.load(token_rank + b * n + column, mask=is_token, other=-1)
@@ -279,12 +280,13 @@ def prepend_prompt_kernel(
     # Token rows. An id outside the table is never looked up.
     c = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     in_row = (c < d)[None, :]
+    readable = is_token & ~poisoned
     ids = tl.load(input_ids + b * ids_b + column * ids_s, mask=is_token, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
     tl.device_assert(known, "prepend_prompt: an id in input_ids is outside the embedding table", mask=is_token)
     value = tl.load(
         weight + ids[:, None] * weight_v + c[None, :] * weight_d,
-        mask=(is_token & known)[:, None] & in_row,
+        mask=(readable & known)[:, None] & in_row,
         other=float("nan"),
     )
     if SCALED:
@@ -294,13 +296,13 @@ def prepend_prompt_kernel(
     if prompt is not None:
         if (tile * ROWS < start + m) & ((tile + 1) * ROWS > start):
             source = (s - start).to(tl.int64) * prompt_s
-            from_bank = is_prompt
+            from_bank = is_prompt & ~poisoned
             if prompt_index is not None:
                 k = tl.load(prompt_index + b * index_b).to(tl.int64)
                 in_bank = (k >= 0) & (k < K)
                 tl.device_assert(in_bank, "prepend_prompt: a prompt_index is outside the bank of prompts")
                 source += k * prompt_k
-                from_bank = is_prompt & in_bank
+                from_bank = from_bank & in_bank
             vector = tl.load(
                 prompt + source[:, None] + c[None, :] * prompt_d,
                 mask=from_bank[:, None] & in_row,
@@ -308,8 +310,6 @@ def prepend_prompt_kernel(
             )
             value = tl.where(is_prompt[:, None], round_to(vector, weight.dtype.element_ty), value)
 
-    if CHECK_LENGTHS:
-        value = tl.where(poisoned, float("nan"), value).to(weight.dtype.element_ty)
     tl.store(inputs_embeds + row[:, None] * d + c[None, :], value, mask=keep[:, None] & in_row)
 
 
@@ -365,11 +365,12 @@ def forward(
         else:
             prompt_start = torch.empty(B, dtype=torch.int32, device=device)
         if B:
-            scan_mask_kernel[(B,)](
-                *(attention_mask, prompt_start, token_lengths, token_rank),
-                *(n, *attention_mask.stride()),
-                BLOCK=BLOCK_S,
-            )
+            with on(device):
+                scan_mask_kernel[checked_grid(B)](
+                    *(attention_mask, prompt_start, token_lengths, token_rank),
+                    *(n, *attention_mask.stride()),
+                    BLOCK=BLOCK_S,
+                )
 
     T, max_length, check_lengths = B * S, S if B else 0, False
     if packed and scan:
@@ -398,30 +399,29 @@ def forward(
     tiles, chunks = triton.cdiv(S, rows), triton.cdiv(d, block_d)
     integer_programs = B if any(tensor is not None for tensor in integers) else 0
     programs = integer_programs + B * tiles * chunks
-    if programs >= 2**31:
-        raise ValueError(f"prepend_prompt: {programs} programs are more than one launch can have (2**31 - 1)")
     if programs:
 
         def strides(tensor):
             return (0, 0) if tensor is None else tensor.stride()
 
-        prepend_prompt_kernel[(programs,)](
-            *(input_ids, weight, prompt if m and d else None, attention_mask, token_type_ids, labels),
-            *(prompt_index, prompt_start, token_lengths, token_rank),
-            *(inputs_embeds, *integers),
-            *(B, n, m, d, V, prompt.shape[0], T, max_length, tiles, chunks, integer_programs),
-            *(position_start or 0, float(embed_scale)),
-            *(*input_ids.stride(), *weight.stride(), *((0, 0, 0) + prompt.stride())[-3:]),
-            *(*strides(attention_mask), *strides(token_type_ids), *strides(labels)),
-            0 if prompt_index is None else prompt_index.stride(0),
-            SCALED=embed_scale != 1.0,
-            CHECK_LENGTHS=check_lengths,
-            ROWS=rows,
-            BLOCK_D=block_d,
-            BLOCK_S=BLOCK_S,
-            BLOCK_B=BLOCK_B,
-            **OPTIONS,
-        )
+        with on(device):
+            prepend_prompt_kernel[checked_grid(programs)](
+                *(input_ids, weight, prompt if m and d else None, attention_mask, token_type_ids, labels),
+                *(prompt_index, prompt_start, token_lengths, token_rank),
+                *(inputs_embeds, *integers),
+                *(B, n, m, d, V, prompt.shape[0], T, max_length, tiles, chunks, integer_programs),
+                *(position_start or 0, float(embed_scale)),
+                *(*input_ids.stride(), *weight.stride(), *((0, 0, 0) + prompt.stride())[-3:]),
+                *(*strides(attention_mask), *strides(token_type_ids), *strides(labels)),
+                0 if prompt_index is None else prompt_index.stride(0),
+                SCALED=embed_scale != 1.0,
+                CHECK_LENGTHS=check_lengths,
+                ROWS=rows,
+                BLOCK_D=block_d,
+                BLOCK_S=BLOCK_S,
+                BLOCK_B=BLOCK_B,
+                **OPTIONS,
+            )
 
     if packed:
         prompt_start = cu_seq_lens[:B]
