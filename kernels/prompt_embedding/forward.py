@@ -264,7 +264,7 @@ def prepend_prompt_kernel(
     is_token = (s < S) & ~is_prompt
     column = tl.where(s < start, s, s - m).to(tl.int64)
     row = b * S + s
-    poisoned = tl.zeros([], tl.int1)
+    readable = S  # columns from here on come out as NaN
     if lengths is not None:
         tokens, _ = _sum_of_lengths(lengths, b32, BLOCK_B)
         rank = tl.load(token_rank + b * n + column, mask=is_token, other=-1)
@@ -274,19 +274,19 @@ def prepend_prompt_kernel(
             # The host was told the lengths. Memory outside [0, T) is never written, and a batch that does not
             # have them comes out as NaN rather than as another batch.
             total, longest = _sum_of_lengths(lengths, B, BLOCK_B)
-            poisoned = (total + tl.cast(B, tl.int64) * m != T) | (longest + m != max_length)
+            intact = (total + tl.cast(B, tl.int64) * m == T) & (longest + m == max_length)
+            readable = tl.where(intact, S, 0)
     keep = (is_prompt | is_token) & (row < T)
 
     # Token rows. An id outside the table is never looked up.
     c = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     in_row = (c < d)[None, :]
-    readable = is_token & ~poisoned
     ids = tl.load(input_ids + b * ids_b + column * ids_s, mask=is_token, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
     tl.device_assert(known, "prepend_prompt: an id in input_ids is outside the embedding table", mask=is_token)
     value = tl.load(
         weight + ids[:, None] * weight_v + c[None, :] * weight_d,
-        mask=(readable & known)[:, None] & in_row,
+        mask=(is_token & known & (s < readable))[:, None] & in_row,
         other=float("nan"),
     )
     if SCALED:
@@ -296,16 +296,15 @@ def prepend_prompt_kernel(
     if prompt is not None:
         if (tile * ROWS < start + m) & ((tile + 1) * ROWS > start):
             source = (s - start).to(tl.int64) * prompt_s
-            from_bank = is_prompt & ~poisoned
             if prompt_index is not None:
                 k = tl.load(prompt_index + b * index_b).to(tl.int64)
                 in_bank = (k >= 0) & (k < K)
                 tl.device_assert(in_bank, "prepend_prompt: a prompt_index is outside the bank of prompts")
                 source += k * prompt_k
-                from_bank = from_bank & in_bank
+                readable = tl.where(in_bank, readable, 0)
             vector = tl.load(
                 prompt + source[:, None] + c[None, :] * prompt_d,
-                mask=from_bank[:, None] & in_row,
+                mask=(is_prompt & (s < readable))[:, None] & in_row,
                 other=float("nan"),
             )
             value = tl.where(is_prompt[:, None], round_to(vector, weight.dtype.element_ty), value)
