@@ -283,7 +283,7 @@ def prepend_prompt_kernel(
     in_row = (c < d)[None, :]
     ids = tl.load(input_ids + b * ids_b + column * ids_s, mask=is_token, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
-    tl.device_assert(known, "prepend_prompt: an id in input_ids is outside the embedding table", mask=is_token)
+    tl.device_assert(known | ~is_token, "prepend_prompt: an id in input_ids is outside the embedding table")
     value = tl.load(
         weight + ids[:, None] * weight_v + c[None, :] * weight_d,
         mask=(is_token & known & (s < readable))[:, None] & in_row,
