@@ -26,12 +26,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=_above_zero, default=1.0, help="passes over the training texts")
     train.add_argument("--learning-rate", type=_above_zero, default=5e-3, help="AdamW's, falling to 0 linearly")
     train.add_argument("--batch-size", type=_whole(1), default=32, help="texts a step")
-    train.add_argument("--seed", type=_whole(0), default=0, help="of the prompt, the split and the order of the texts")
+    train.add_argument(
+        "--seed", type=_whole(0, 2**32 - 1), default=0, help="of the prompt, the split and the order of the texts"
+    )
 
     predict = commands.add_parser("predict", help="read texts, write labels", **formatter)
     predict.add_argument("--adapter", required=True, help="folder that train wrote")
     predict.add_argument("--model", help="the encoder, where it is not where it was trained")
-    predict.add_argument("--file", help="CSV, JSON lines, Parquet, or one text a line (default: standard input)")
+    predict.add_argument("--file", help="CSV, JSON lines, Parquet, or .txt, a text a line (default: standard input)")
     predict.add_argument("--text-column", default="text", help="column of the texts")
     predict.add_argument("--output", help="file for the labels (default: standard output)")
     predict.add_argument("--scores", action="store_true", help="write each label's probability behind it")
@@ -39,11 +41,11 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def _whole(least):
+def _whole(least, most=2**31 - 1):
     def whole(text):
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
         return value
 
     whole.__name__ = "whole number"

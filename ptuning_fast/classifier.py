@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import adapter, embedding
@@ -31,7 +31,8 @@ class FastPTuning(nn.Module):
         prompt_length: rows of the prompt, m.
         num_labels: classes; 1 is a regression.
         pooling: the row of the last hidden state that is classified: `"first"` is row 0, the first prompt row, as the
-            torch.cat module has it; `"cls"` is row m, the text's own first token; `"mean"` averages the text's tokens.
+            torch.cat module has it; `"cls"` is the text's own first token (row m, behind any padding on the left);
+            `"mean"` averages the text's tokens.
         init: what the prompt starts as: `"normal"`, `"vocab"` (sampled token rows), a text, or a tensor [m, d].
         mode: `"prepend"`, the layout of the torch.cat module.
         id2label: names of the labels by their number, kept with the adapter.
@@ -64,19 +65,23 @@ class FastPTuning(nn.Module):
             raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
         if id2label is not None and sorted(map(int, id2label)) != list(range(num_labels)):
             raise ValueError(f"id2label must name the labels 0 to {num_labels - 1}; it has {sorted(id2label)}")
+        if not isinstance(model_name, (str, Path, PreTrainedModel)):
+            raise TypeError(f"model_name must be a name, a folder or a loaded encoder, not {type(model_name).__name__}")
         self.bert = model_name if isinstance(model_name, nn.Module) else AutoModel.from_pretrained(model_name)
+        if self.bert.base_model is not self.bert:
+            raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
         self.bert.requires_grad_(False)
         self.prompt_length, self.num_labels = prompt_length, num_labels
         self.pooling, self.mode = pooling, mode
         self.id2label = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
-        self.base_model = self.bert.config._name_or_path if isinstance(model_name, nn.Module) else str(model_name)
+        self.base_model = _base_model(self.bert.config._name_or_path if model_name is self.bert else model_name)
 
         table = self.bert.get_input_embeddings()
         prompt = initial_prompt(init, prompt_length, table, self.base_model)
         self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
         self.classifier = nn.Linear(self.bert.config.hidden_size, num_labels).to(table.weight.device)
 
-        self._accepts = inspect.signature(self.bert.forward).parameters
+        self._takes_types = "token_type_ids" in inspect.signature(self.bert.forward).parameters
         positions = max_positions(self.bert)
         self._most_tokens = None if positions is None else positions - prompt_length
         if self._most_tokens is not None and self._most_tokens < 1:
@@ -87,6 +92,8 @@ class FastPTuning(nn.Module):
         if max_length is None:
             limit = positions or getattr(self.bert.config, "max_position_embeddings", None)
             max_length = None if limit is None else limit - prompt_length
+        elif not 1 <= max_length <= (self._most_tokens or max_length):
+            raise ValueError(f"max_length={max_length} is not between 1 and {self._most_tokens}, the room for text")
         self.max_length = max_length
 
     def forward(
@@ -113,7 +120,7 @@ class FastPTuning(nn.Module):
                 f"{self._most_tokens + self.prompt_length} positions of {type(self.bert).__name__}: "
                 f"tokenize with truncation=True, max_length={self._most_tokens}"
             )
-        if token_type_ids is not None and "token_type_ids" not in self._accepts:
+        if not self._takes_types:
             token_type_ids = None
         inputs = embedding.prepend(
             self.bert.get_input_embeddings(),
@@ -132,12 +139,20 @@ class FastPTuning(nn.Module):
         if self.pooling == "first":
             return hidden[:, 0]
         text = hidden[:, self.prompt_length :]
-        if self.pooling == "cls":
-            return text[:, 0]
         if attention_mask is None:
-            return text.mean(1)
+            return text[:, 0] if self.pooling == "cls" else text.mean(1)
         there = (attention_mask != 0)[:, :, None]
+        if self.pooling == "cls":
+            return text.take_along_dim(there.int().argmax(1, keepdim=True), 1)[:, 0]
         return torch.where(there, text, 0).sum(1) / there.sum(1).clamp(min=1)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """The encoder's own, which `transformers.Trainer` asks for."""
+        self.bert.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The encoder's own."""
+        self.bert.gradient_checkpointing_disable()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what is trained, and nothing of the encoder, into `folder`.
@@ -173,7 +188,7 @@ class FastPTuning(nn.Module):
         id2label = settings.get("id2label")
         try:
             name, length, labels = (settings[key] for key in ("base_model_name_or_path", "prompt_length", "num_labels"))
-            wanted = {key: settings[key] for key in ("pooling", "mode", "max_length")}
+            wanted = {key: settings[key] for key in ("pooling", "mode")}
         except KeyError as error:
             raise ValueError(f"{folder} holds no FastPTuning adapter: its settings lack {error}") from None
         model = model_name if model_name is not None else name
@@ -181,7 +196,7 @@ class FastPTuning(nn.Module):
         model = cls(model, length, labels, id2label=id2label, **wanted)
         torch.random.set_rng_state(rng)
         if model_name is not None and not isinstance(model_name, nn.Module):
-            model.base_model = str(model_name)
+            model.base_model = _base_model(model_name)
         own = dict(model.named_parameters())
         for key in ("prompt_embeddings", "classifier.weight", "classifier.bias"):
             if key not in tensors or tensors[key].shape != own[key].shape:
@@ -191,10 +206,16 @@ class FastPTuning(nn.Module):
                     f"the model needs {list(own[key].shape)} (trained on {name})"
                 )
         model.load_state_dict(tensors, strict=False)
+        model.max_length = settings.get("max_length", model.max_length)
         return model.eval()
 
     def extra_repr(self) -> str:
         return f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}"
+
+
+def _base_model(name):
+    """The name to keep with an adapter: that of a folder must not depend on where it is read from."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else str(name)
 
 
 def _loss(logits, labels):

@@ -11,7 +11,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from . import torch_path
+from . import reference, torch_path
 
 try:
     from . import kernels
@@ -83,6 +83,14 @@ def prepend_prompt(
     """
     _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index)
     device = input_ids.device
+    if not torch.compiler.is_compiling() and _transformed():
+        _warn_reference()
+        return reference.prepend_prompt(
+            *(input_ids, attention_mask),
+            **{"weight": weight, "prompt": prompt, "token_type_ids": token_type_ids, "labels": labels},
+            **{"position_start": position_start, "prompt_index": prompt_index, "embed_scale": embed_scale},
+            **{"adjacent": adjacent, "packed": packed},
+        )
     if lengths is not None:
         lengths = _check_lengths(lengths, input_ids, attention_mask, packed)
     backend = torch_path
@@ -95,7 +103,7 @@ def prepend_prompt(
 
     try:
         results = backend.forward(
-            *(input_ids, attention_mask, weight, prompt.detach(), token_type_ids, labels, position_start),
+            *(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start),
             *(prompt_index, embed_scale, adjacent, packed, lengths),
         )
     except (IndexError, RuntimeError):
@@ -103,7 +111,7 @@ def prepend_prompt(
             _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
         raise
     inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, prompt_start, max_length = results
-    if prompt.requires_grad and torch.is_grad_enabled():
+    if prompt.requires_grad and torch.is_grad_enabled() and not inputs_embeds.requires_grad:
         inputs_embeds = _PromptGradient.apply(prompt, (inputs_embeds,), backend, prompt_start, prompt_index, packed)
 
     out = {"inputs_embeds": inputs_embeds}
@@ -135,14 +143,20 @@ class _PromptGradient(torch.autograd.Function):
         return computed[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         prompt_start, prompt_index = ctx.saved_tensors
         backend, shape, dtype, packed = ctx.rest
+        if torch.is_grad_enabled():  # create_graph=True: torch operations, which can be differentiated again
+            backend = torch_path
         return backend.backward(grad, shape, dtype, prompt_start, prompt_index, packed), *[None] * 5
 
 
 def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index):
+    names = ("input_ids", "weight", "prompt", "attention_mask", "token_type_ids", "labels", "prompt_index")
+    tensors = (input_ids, weight, prompt, attention_mask, token_type_ids, labels, prompt_index)
+    for name, tensor in zip(names, tensors):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in names[:3]):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [batch, tokens]; its shape is {tuple(input_ids.shape)}")
     if input_ids.dtype not in _INTEGERS:
@@ -184,8 +198,6 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
     if position_start is not None and type(position_start) is not int:
         raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
     device = input_ids.device
-    names = ("weight", "prompt", "attention_mask", "token_type_ids", "labels", "prompt_index")
-    tensors = (weight, prompt, attention_mask, token_type_ids, labels, prompt_index)
     for name, tensor in zip(names, tensors):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
@@ -237,6 +249,19 @@ def _raise_for_ids(input_ids, attention_mask, weight, prompt, prompt_index):
             raise IndexError(
                 f"prompt_index[{row}] is {prompt_index[row].item()}, outside the bank: it holds prompts 0 to {K - 1}"
             ) from None
+
+
+def _transformed():
+    """Whether torch.func (vmap, jvp, grad) or forward-mode differentiation is at work: they look into no kernel."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+@cache
+def _warn_reference():
+    warnings.warn(
+        "prepend_prompt runs as plain torch operations under torch.func and forward-mode differentiation",
+        stacklevel=3,
+    )
 
 
 @cache

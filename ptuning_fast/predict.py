@@ -8,7 +8,7 @@ import torch
 from . import adapter
 from .classifier import FastPTuning
 from .encoder import load_encoder
-from .tables import InputError, read_texts
+from .tables import InputError, lines_of, read_texts
 
 __all__ = ["run"]
 
@@ -22,7 +22,7 @@ def run(options) -> None:
     if options.file:
         texts = read_texts(options.file, options.text_column)
     else:
-        texts = sys.stdin.read().splitlines()
+        texts = lines_of(sys.stdin.buffer.read(), "standard input")
     encoder, tokenizer = load_encoder(name)
     try:
         model = FastPTuning.from_pretrained(options.adapter, encoder)

@@ -23,7 +23,10 @@ def forward(
     packed,
     lengths,
 ):
-    """What `ptuning_fast.kernels.forward` does, with the same arguments and results."""
+    """What `ptuning_fast.kernels.forward` does, with the same arguments and results.
+
+    Where `inputs_embeds` is put together by torch.cat, in the prompt's own dtype, it comes with torch's own gradient.
+    """
     (B, n), d, m = input_ids.shape, weight.shape[1], prompt.shape[-2]
 
     start = cu_seq_lens = max_length = keep = column = is_prompt = None
@@ -53,9 +56,12 @@ def forward(
     out_types, out_labels = lay(token_type_ids, 0), lay(labels, -100)
     position_ids = _positions(input_ids, m, 0 if packed and position_start is None else position_start, out_mask, keep)
 
+    concatenate = start is None and (m >= n or B * n * d < _SMALL)
+    if not concatenate or prompt.dtype != weight.dtype:
+        prompt = prompt.detach()
     if prompt_index is not None:
         prompt = prompt.index_select(0, prompt_index)
-    if start is None and (m >= n or B * n * d < _SMALL):
+    if concatenate:
         inputs_embeds = F.embedding(input_ids, weight)
         inputs_embeds = inputs_embeds if embed_scale == 1.0 else inputs_embeds.mul_(embed_scale)
         inputs_embeds = torch.cat([prompt.to(weight.dtype).expand(B, m, d), inputs_embeds], dim=1)
@@ -78,7 +84,8 @@ def forward(
 
 
 # Below this many elements, and where the prompt is the longer part, a second buffer costs less than looking up the
-# prompt's columns only to write over them.
+# prompt's columns only to write over them. torch.cat's own gradient is then the cheapest too; where the dtypes differ
+# it would be rounded on its way, so `backward` is what gives it there as everywhere else.
 _SMALL = 2**16
 
 

@@ -48,7 +48,8 @@ def run(options) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    model.base_model = options.model or DEMO
+    if not options.model:
+        model.base_model = DEMO
     model.max_length = min(options.max_length, model.max_length or options.max_length)
 
     train, held_out = (_tokenize(part, tokenizer, model.max_length, names) for part in (train, held_out))
@@ -72,6 +73,8 @@ def run(options) -> None:
 def _data(options):
     """((texts, labels), (texts, labels)): to train on, and held out."""
     columns = options.text_column, options.label_column
+    if options.text_column == options.label_column:
+        raise InputError(f"the texts and the labels cannot both be in the column {options.text_column!r}")
     if options.train_file:
         texts, labels = read_labelled(options.train_file, *columns)
     else:
@@ -166,18 +169,19 @@ def _compare_speed(model, trainer, steps=5):
             torch.cuda.synchronize()
         return len(batch["labels"]) / (time.perf_counter() - start)
 
-    rates = {"fast": [], "reference": []}
+    pairs = []
     start = time.perf_counter()
     for turn in range(-1, 3 * len(batches)):  # the first turn warms up
-        if turn > 0 and time.perf_counter() - start > 15:
+        if turn > 4 and time.perf_counter() - start > 15:
             break
-        for name, module in (("fast", model), ("reference", reference)):
-            rate = step(module, batches[turn % len(batches)])
-            if turn >= 0:
-                rates[name].append(rate)
-            module.zero_grad()
-    fast, slow = (statistics.median(rates[name]) for name in ("fast", "reference"))
+        pairs.append([step(module, batches[turn % len(batches)]) for module in (model, reference)])
+        model.zero_grad()
+        reference.zero_grad()
+    pairs = pairs[1:]
+    fast, slow = (statistics.median(rates) for rates in zip(*pairs))
+    ratios = sorted(one / other for one, other in pairs)
+    ratio = statistics.median(ratios)
     print(
-        f"examples/s in training steps: {fast:.1f}, the torch.cat reference {slow:.1f} (x {fast / slow:.2f}, "
-        f"medians of {len(rates['fast'])} steps in turn on {device.type}, mode {model.mode!r})"
+        f"examples/s in training steps: {fast:.1f}, the torch.cat reference {slow:.1f}: x {ratio:.2f} "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(pairs)} pairs of steps on {device.type}, mode {model.mode!r})"
     )

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import pickle
 import warnings
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from ptuning_fast import FastPTuning
 from ptuning_fast.reference import ReferencePTuning
@@ -144,6 +145,33 @@ def test_pooling(minilm, batch):
     assert torch.equal(fast(alone["input_ids"]), fast(**alone))
 
 
+def test_cls_is_the_first_token_whatever_the_padding():
+    fast = FastPTuning(small("bert"), 4, 2, pooling="cls").eval()
+    seen = []
+    fast.bert.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    ids, mask = torch.randint(3, 99, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    logits = fast(ids, mask)
+    assert torch.equal(logits, fast.classifier(torch.stack([seen[0][0, 6], seen[0][1, 4]])))
+
+
+def test_copies_and_pickles():
+    fast = FastPTuning(small("bert"), 4, 2).eval()
+    ids = torch.randint(3, 99, (2, 6))
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(other(ids), fast(ids))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    fast = FastPTuning(small("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), 4, 2).train()
+    ids = torch.randint(3, 99, (2, 6))
+    grads = []
+    for switch in (fast.gradient_checkpointing_enable, fast.gradient_checkpointing_disable):
+        switch()
+        (grad,) = torch.autograd.grad(fast(ids).sum(), fast.prompt_embeddings)
+        grads.append(grad)
+    assert torch.equal(*grads)
+
+
 def test_init(minilm):
     table = AutoModel.from_pretrained(minilm).get_input_embeddings().weight
     vocab = FastPTuning(minilm, 6, 2, init="vocab").prompt_embeddings
@@ -255,6 +283,14 @@ def test_other_encoders(kind):
             fast(torch.cat([ids, ids[:, :1]], 1))
 
 
+def test_models_that_are_no_encoders():
+    with pytest.raises(TypeError, match="not Linear"):
+        FastPTuning(torch.nn.Linear(2, 2))
+    with_head = AutoModelForSequenceClassification.from_config(small("bert").config)
+    with pytest.raises(TypeError, match=r"BertForSequenceClassification has a head of its own.*\.base_model"):
+        FastPTuning(with_head)
+
+
 def test_embeddings_that_cannot_be_read_are_called():
     """A hook on the embedding keeps its effect, with a warning that says why the kernel is not used."""
     fast = FastPTuning(small("bert"), 4, 2).eval()
@@ -293,6 +329,8 @@ def test_an_unfrozen_encoder_trains_as_the_reference_does():
         ({"prompt_length": -1}, "-1"),
         ({"num_labels": 0}, "0"),
         ({"id2label": {1: "a", 2: "b"}}, "0 to 1"),
+        ({"max_length": 0}, "between 1 and 30"),
+        ({"max_length": 31}, "31.*between 1 and 30"),
     ],
 )
 def test_bad_settings(options, message):

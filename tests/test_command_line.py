@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ptuning_fast import FastPTuning, functional, train
+from ptuning_fast import FastPTuning, functional, tables, train
 from ptuning_fast.__main__ import main
 from ptuning_fast.docstrings import PACKAGES, stdlib_docstrings
 
@@ -78,7 +78,8 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     test_file = write(tmp_path / f"test{suffix}", [(text,) for text in texts], ("review",))
     assert main(["predict", "--adapter", str(folder), "--file", test_file, "--text-column", "review"]) == 0
     assert capsys.readouterr().out.splitlines() == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{' '.join(text.split())}\n" for text in texts)))
+    lines = "\ufeff" + "".join(f"{' '.join(text.split())}\r\n" for text in texts)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert main(["predict", "--adapter", str(folder), "--scores", "--output", str(tmp_path / "labels.tsv")]) == 0
     lines = [line.split("\t") for line in (tmp_path / "labels.tsv").read_text().splitlines()]
     assert [label for label, _ in lines] == expected
@@ -114,6 +115,12 @@ def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys, monkeypatch):
         (["--train-file", "{tmp}/rows.csv", "--prompt-length", "600"], "leaves no room for text"),
         (["--train-file", "{tmp}/rows.csv", "--init", " "], "has no tokens"),
         (["--output", "{tmp}/rows.txt/adapter"], "cannot write to the folder"),
+        (["--train-file", "{tmp}/rows.csv", "--label-column", "text"], "cannot both be in the column 'text'"),
+        (["--train-file", "{tmp}/twice.csv"], "has 2 columns 'text'"),
+        (["--train-file", "{tmp}/blank.csv"], "row 1 is empty in column 'label'"),
+        (["--train-file", "{tmp}/bytes.parquet"], "row 1 of column 'text' holds a bytes"),
+        (["--train-file", "{tmp}/nan.parquet"], "row 2 has no value in column 'label'"),
+        (["--train-file", "{tmp}/latin.jsonl"], "it is not UTF-8 (byte 11)"),
     ],
 )
 def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, message):
@@ -128,6 +135,11 @@ def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, messag
     (tmp_path / "null.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n')
     (tmp_path / "nested.jsonl").write_text('{"text": ["a"], "label": "b"}\n')
     (tmp_path / "not.parquet").write_text("this is no Parquet file")
+    (tmp_path / "twice.csv").write_text("text,text,label\na,b,c\n")
+    (tmp_path / "blank.csv").write_text("text,label\na,\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a\xe9", "label": "b"}\n')
+    write(tmp_path / "bytes.parquet", [(b"a", "b")])
+    write(tmp_path / "nan.parquet", [("a", 1.0), ("b", float("nan"))])
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_text("the old one")
@@ -141,6 +153,31 @@ def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, messag
     assert "Traceback" not in printed.err
     assert (adapter / "adapter_model.safetensors").read_text() == "the old one"
     assert len(list(adapter.iterdir())) == 1
+
+
+def test_values_stay_as_they_are_written(tmp_path):
+    """Labels that look like numbers or dates, in each format; lines end where other programs end them."""
+    rows = [
+        ("2024-01-01T05:00:00+02:00", "007"),
+        ("1.10", "NA"),
+        ("a\u2028b\x85c\x0cd", "2024-01-01"),
+        ("x" * 2**21, "1"),
+    ]
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        texts, labels = tables.read_labelled(write(tmp_path / f"rows{suffix}", rows), "text", "label")
+        assert list(zip(texts, labels)) == rows
+    (tmp_path / "numbers.jsonl").write_text('{"text": 12345678901234567890, "label": 1.10}\n')
+    assert tables.read_labelled(str(tmp_path / "numbers.jsonl"), "text", "label") == (
+        ["12345678901234567890"],
+        ["1.10"],
+    )
+    assert tables.lines_of("\ufeffa\u2028b\r\n\nc\rd\x0ce\n".encode(), "it") == ["a\u2028b", "", "c", "d\x0ce"]
+    assert tables.lines_of(b"", "it") == []
+    with pytest.raises(tables.InputError, match="standard input: it is not UTF-8"):
+        tables.lines_of(b"caf\351\n", "standard input")
+    for name in ("rows.tsv", "rows.csv.gz"):
+        with pytest.raises(tables.InputError, match=r"must end in one of .*\.txt"):
+            tables.read_texts(str(tmp_path / name), "text")
 
 
 def test_predict_without_an_adapter(tmp_path, capsys):

@@ -71,9 +71,7 @@ def test_every_kind_of_variant_is_compiled(rows):
 
 
 def test_no_spills(rows):
-    """None in local memory. ptxas keeps up to four registers of two of the variants on the stack, at 64 and 72 registers
-    a thread; that is let pass.
-    """
+    """None in local memory; ptxas puts up to four registers of two variants on the stack, which is let pass."""
     for row in rows:
         if row["d"] % 16 == 0:
             assert row["local"] == 0, name(row)

@@ -255,13 +255,41 @@ def test_gradcheck_in_fp64(monkeypatch):
         )
 
 
-def test_second_order_gradients_are_refused(backend):
-    arguments = to_device(case(B=2, n=4, m=2, d=8), backend)
-    prompt = arguments["prompt"].requires_grad_()
-    embeds = prepend_prompt(**arguments)["inputs_embeds"]
-    (grad,) = torch.autograd.grad(embeds.pow(2).sum(), prompt, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_second_order_gradients(backend, monkeypatch):
+    """A gradient penalty, as the reference has it."""
+    monkeypatch.setattr("ptuning_fast.torch_path._SMALL", 0)  # not torch.cat's own gradient
+    for options in ({}, {"adjacent": True}, {"packed": True}, {"prompt_index": torch.tensor([1, 0, 1])}):
+        results = []
+        for op in (prepend_prompt, reference.prepend_prompt):
+            arguments = to_device(case(B=3, n=4, m=2, d=8) | options, backend)
+            prompt = arguments["prompt"].expand(2, 2, 8) if "prompt_index" in options else arguments["prompt"]
+            arguments["prompt"] = prompt.clone().requires_grad_()
+            embeds = op(**arguments)["inputs_embeds"]
+            (grad,) = torch.autograd.grad(embeds.pow(3).sum(), arguments["prompt"], create_graph=True)
+            results.append(torch.autograd.grad(grad.pow(2).sum(), arguments["prompt"])[0])
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)  # sums of three fp32 terms, cubed and squared
+
+
+def test_function_transforms(backend, monkeypatch):
+    """jvp, vmap and torch.func.grad give what the reference gives: never a silent zero."""
+    monkeypatch.setattr("ptuning_fast.torch_path._SMALL", 0)
+    arguments = to_device(case(B=3, n=4, m=2, d=8), backend)
+    prompt = arguments.pop("prompt")
+
+    def loss(op):
+        return lambda prompt: op(**arguments, prompt=prompt)["inputs_embeds"].pow(2).sum()
+
+    fast, plain = loss(prepend_prompt), loss(reference.prepend_prompt)
+    prompts = torch.stack([prompt, 2 * prompt])
+    for transform in (
+        lambda f: torch.func.jvp(f, (prompt,), (torch.ones_like(prompt),))[1],
+        lambda f: torch.func.grad(f)(prompt),
+        lambda f: torch.func.vmap(f)(prompts),
+        lambda f: torch.autograd.functional.hessian(f, prompt),
+    ):
+        actual, expected = transform(fast), transform(plain)
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_memory(monkeypatch):
