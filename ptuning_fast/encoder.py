@@ -24,7 +24,8 @@ def load_encoder(name: str):
     try:
         encoder, tokenizer = AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load the model {name!r}: {(str(error).strip().splitlines() or ['?'])[0]}") from None
+        reason = (str(error).strip().splitlines() or ["?"])[0]
+        raise InputError(f"cannot load the model {name!r} (--model names another): {reason}") from None
     if tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer of {name!r} has no padding token, which batches of texts need")
     return encoder, tokenizer

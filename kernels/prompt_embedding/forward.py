@@ -295,15 +295,15 @@ def prepend_prompt_kernel(
     # Prompt rows, for the tiles that have any.
     if prompt is not None:
         if (tile * ROWS < start + m) & ((tile + 1) * ROWS > start):
-            source = (s - start).to(tl.int64) * prompt_s
+            first = prompt
             if prompt_index is not None:
                 k = tl.load(prompt_index + b * index_b).to(tl.int64)
                 in_bank = (k >= 0) & (k < K)
                 tl.device_assert(in_bank, "prepend_prompt: a prompt_index is outside the bank of prompts")
-                source += k * prompt_k
+                first += k * prompt_k
                 readable = tl.where(in_bank, readable, 0)
             vector = tl.load(
-                prompt + source[:, None] + c[None, :] * prompt_d,
+                first + (s - start).to(tl.int64)[:, None] * prompt_s + c[None, :] * prompt_d,
                 mask=(is_prompt & (s < readable))[:, None] & in_row,
                 other=float("nan"),
             )
@@ -312,8 +312,9 @@ def prepend_prompt_kernel(
     tl.store(inputs_embeds + row[:, None] * d + c[None, :], value, mask=keep[:, None] & in_row)
 
 
-# Constants of the integer programs: a mask row is scanned BLOCK_S columns at a time, lengths BLOCK_B at a time.
-BLOCK_S = 1024
+# Constants of the integer programs: a mask row is scanned BLOCK_S columns at a time, lengths BLOCK_B at a time. All
+# programs of a launch have the registers of its neediest: with 1024 columns that would be these, nearly twice as many.
+BLOCK_S = 512
 BLOCK_B = 1024
 # Ids are checked on the device. Triton's overflow checks, which `debug` would add to every sum, stay out.
 OPTIONS = {"debug": True, "sanitize_overflow": False, "num_warps": 4}
