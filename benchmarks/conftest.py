@@ -1,7 +1,54 @@
-"""Benchmarks are run with `pytest benchmarks/`; `--benchmark-disable` runs each once, as a check."""
+"""`pytest benchmarks/` measures; `--benchmark-disable` runs each case once, as a check. measure.py says how.
+
+pytest-benchmark's options work as ever. At the end stand the ratios, and `--benchmark-json` takes everything along.
+"""
 
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 
 # Timed as users run it: on a machine without a GPU the op takes its torch path, not Triton's interpreter.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import report
+import torch
+
+MEASURED = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[MEASURED] = []
+
+
+@pytest.fixture(autouse=True)
+def collected(request):
+    """Keep the figures of each case that was timed for the table at the end."""
+    yield
+    benchmark = request.node.funcargs.get("benchmark")
+    if benchmark is not None and "times_fast" in benchmark.extra_info:
+        request.config.stash[MEASURED].append(benchmark.extra_info)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[MEASURED]:
+        terminalreporter.write_line(report.text(config.stash[MEASURED]))
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    packages = ("torch", "triton", "transformers", "peft", "liger-kernel")
+    machine_info["versions"] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            machine_info["versions"][package] = version(package)
+        except PackageNotFoundError:
+            machine_info["versions"][package] = None
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["code"] = report.code("cuda" if torch.cuda.is_available() else "cpu")

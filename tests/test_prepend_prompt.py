@@ -1,9 +1,12 @@
 """The op against the reference and against an element-by-element oracle: copies are compared with ==."""
 
-import hypothesis.strategies as st
 import oracle
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+
+import hypothesis.strategies as st
 from hypothesis import HealthCheck, example, given, settings
 
 from ptuning_fast import functional, prepend_prompt, reference
