@@ -71,7 +71,7 @@ def forward(
     ids = lay(input_ids, 0).reshape(-1)
     inputs_embeds = torch.empty(len(ids), d, dtype=weight.dtype, device=weight.device)
     if n or not m:
-        torch.index_select(weight, 0, ids, out=inputs_embeds)
+        _look_up(weight, ids, inputs_embeds)
     if embed_scale != 1.0:
         inputs_embeds.mul_(embed_scale)
     if start is None:
@@ -87,6 +87,24 @@ def forward(
 # prompt's columns only to write over them. torch.cat's own gradient is then the cheapest too; where the dtypes differ
 # it would be rounded on its way, so `backward` is what gives it there as everywhere else.
 _SMALL = 2**16
+
+
+def _look_up(weight, ids, out):
+    """Write the rows `weight[ids]` into `out` [len(ids), d]."""
+    pieces = 1
+    if out.nbytes >= _FRESH and weight.is_contiguous():
+        d, size = weight.shape[1], weight.element_size()
+        pieces = next((k for k in (1, 2, 4, 8, 16) if d % k == 0 and d // k * size <= _PIECE), 1)
+    if pieces > 1:
+        ids = (ids.long()[:, None] * pieces + torch.arange(pieces)).view(-1)
+        weight, out = weight.view(-1, weight.shape[1] // pieces), out.view(-1, weight.shape[1] // pieces)
+    torch.index_select(weight, 0, ids, out=out)
+
+
+# index_select copies row by row with the C library's memcpy. From 2 to 4 KB on, glibc's is one `rep movsb`, which takes
+# an eighth longer than a loop where it runs into pages that are not mapped yet; and memory from 32 MB on is mapped
+# afresh at every allocation. There, rows go in pieces below that size (benchmarks/NOTES.md has the figures).
+_FRESH, _PIECE = 2**25, 2048
 
 
 def _positions(input_ids, m, position_start, out_mask, keep):

@@ -9,7 +9,7 @@ pytest.importorskip("hypothesis")
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, example, given, settings
 
-from ptuning_fast import functional, prepend_prompt, reference
+from ptuning_fast import functional, prepend_prompt, reference, torch_path
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = [torch.int64, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.uint8]
@@ -352,3 +352,29 @@ def test_one_launch(monkeypatch):
     assert launches(batch=40) == (1, 2)
     assert launches(adjacent=True) == (2, 1)
     assert launches(packed=True) == (2, 1)
+
+
+@pytest.mark.parametrize("layout", [{}, {"adjacent": True}, {"packed": True}], ids=["plain", "adjacent", "packed"])
+@pytest.mark.parametrize("d", [768, 1024, 1030, 4096])
+def test_long_rows_in_pieces(monkeypatch, layout, d):
+    """How the torch path looks long rows up where the output is large; here every output is."""
+    monkeypatch.setattr(functional, "kernels", None)
+    monkeypatch.setattr(torch_path, "_FRESH", 0)
+    monkeypatch.setattr(torch_path, "_SMALL", 0)
+    looked_up = []
+    select = torch.index_select
+    monkeypatch.setattr(
+        torch, "index_select", lambda *args, **kwargs: looked_up.append(args) or select(*args, **kwargs)
+    )
+    arguments = case(B=3, n=7, m=2, d=d, **layout)
+    arguments["input_ids"] = arguments["input_ids"].int()
+    assert_same(prepend_prompt(**arguments), reference.prepend_prompt(**arguments))
+    ((table, _, ids),) = looked_up
+    assert table.shape[1] * 4 <= 2048 or d == 1030
+    assert ids.numel() * table.shape[1] % d == 0
+    arguments["input_ids"][1, 3], arguments["attention_mask"][1, 3] = 9, 1
+    with pytest.raises(IndexError, match=r"input_ids\[1, 3\] is 9"):
+        prepend_prompt(**arguments)
+    arguments["input_ids"][1, 3] = -1
+    with pytest.raises(IndexError, match=r"input_ids\[1, 3\] is -1"):
+        prepend_prompt(**arguments)
