@@ -183,7 +183,7 @@ def _bars(infos, figure, words, line, path):
     names = list(dict.fromkeys(info["implementation"] for info in infos))
     places = list(dict.fromkeys(f"{info['shape']}\n{info['dtype']}" for info in infos))
     chart, panels = pyplot.subplots(
-        1, len(directions), figsize=(1 + 5.5 * len(directions), 4), sharey=True, squeeze=False
+        1, len(directions), figsize=(2.5 + 5.5 * len(directions), 4), sharey=True, squeeze=False
     )
     for panel, direction in zip(panels[0], directions):
         width = 0.8 / len(names)
@@ -201,7 +201,7 @@ def _bars(infos, figure, words, line, path):
         panel.set_xticks(range(len(places)), places, fontsize=8)
         panel.set_title(direction, fontsize=10)
     panels[0][0].set_ylabel(words)
-    panels[0][-1].legend(fontsize=8)
+    panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     chart.tight_layout()
     chart.savefig(path, dpi=110)
     pyplot.close(chart)
