@@ -2,5 +2,6 @@
 
 from .classifier import FastPTuning
 from .functional import prepend_prompt
+from .soft_prompt import SoftPrompt
 
-__all__ = ["FastPTuning", "prepend_prompt"]
+__all__ = ["FastPTuning", "SoftPrompt", "prepend_prompt"]

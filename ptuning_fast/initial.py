@@ -6,7 +6,7 @@ from torch import Tensor, nn
 __all__ = ["initial_prompt"]
 
 
-def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokenizer: str) -> Tensor:
+def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokenizer) -> Tensor:
     """The first value of a prompt, [length, d] in fp32.
 
     Args:
@@ -15,7 +15,7 @@ def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokeni
             repeated or cut to `length`.
         length: rows of the prompt, m.
         embedding: the model's input embedding, [V, d].
-        tokenizer: hub id or folder of the tokenizer, for a text.
+        tokenizer: for a text: a tokenizer, or the hub id or folder of one.
     """
     V, d = embedding.weight.shape
     if isinstance(init, Tensor):
@@ -34,7 +34,11 @@ def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokeni
     else:
         from transformers import AutoTokenizer
 
-        ids = torch.tensor(AutoTokenizer.from_pretrained(tokenizer)(init, add_special_tokens=False)["input_ids"])
+        if isinstance(tokenizer, str):
+            if not tokenizer:
+                raise ValueError("a text as init needs the model's tokenizer, and the model does not name it: give one")
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        ids = torch.tensor(tokenizer(init, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     if len(ids) == 0:
         raise ValueError(f"init={init!r} has no tokens: give a longer text, 'normal' or 'vocab'")
     ids = ids.repeat(-(-length // len(ids)))[:length]

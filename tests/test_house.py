@@ -24,6 +24,7 @@ RANKS = {
     # what is built on it
     "adapter": 0,
     "positions": 0,
+    "reparameterization": 0,
     "initial": 1,
     "embedding": 2,
     "soft_prompt": 3,

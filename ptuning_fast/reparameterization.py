@@ -1,0 +1,54 @@
+"""P-tuning v1: the prompt is what a small network makes of its parameters (Liu et al. 2021, arXiv 2103.10385)."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PromptEncoder"]
+
+
+class PromptEncoder(nn.Module):
+    """`kind="mlp"`: three linear layers with ReLU between; `"lstm"`: a bidirectional LSTM and two linear layers.
+
+        [m, d] or [K, m, d]  ──  encoder  ──  the same shape
+
+    The layers and their names are PEFT's (its `PromptEncoder`), so that one can be read as the other.
+
+    Args:
+        d: width of a prompt row, in and out.
+        hidden_size: width between, by default d.
+        num_layers, dropout: of the LSTM.
+    """
+
+    def __init__(self, kind: str, d: int, hidden_size: int | None = None, num_layers: int = 2, dropout: float = 0.0):
+        super().__init__()
+        hidden_size = hidden_size or d
+        if kind == "mlp":
+            widths, self.lstm_head = (d, hidden_size, hidden_size, d), None
+        elif kind == "lstm":
+            options = {"num_layers": num_layers, "dropout": dropout, "bidirectional": True, "batch_first": True}
+            self.lstm_head = nn.LSTM(d, hidden_size, **options)
+            widths = (2 * hidden_size, 2 * hidden_size, d)
+        else:
+            raise ValueError(f"encoder must be None, 'mlp' or 'lstm'; it is {kind!r}")
+        layers = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.mlp_head = nn.Sequential(*layers[:-1])
+        self.settings = {"kind": kind, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout}
+        self._cached = None
+
+    def forward(self, parameters: Tensor) -> Tensor:
+        """The prompt. In eval mode without gradients it is computed once, until something is trained or loaded."""
+        if self.training or torch.is_grad_enabled():
+            return self._encode(parameters)
+        sources = (parameters, *self.parameters())
+        state = [(id(source), source.data_ptr(), source._version) for source in sources]
+        if self._cached is None or self._cached[0] != state:
+            self._cached = state, self._encode(parameters)
+        return self._cached[1]
+
+    def _encode(self, parameters):
+        x = parameters if self.lstm_head is None else self.lstm_head(parameters)[0]
+        return self.mlp_head(x)

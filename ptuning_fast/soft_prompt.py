@@ -1,0 +1,209 @@
+"""SoftPrompt: a trainable prompt for any Hugging Face model."""
+
+import copy
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from . import embedding
+from .initial import initial_prompt
+from .positions import counts_columns, max_positions, position_start
+from .reparameterization import PromptEncoder
+
+__all__ = ["SoftPrompt"]
+
+MODES = ("prepend",)
+
+
+class SoftPrompt(nn.Module):
+    """Trainable vectors in front of a model's input; the model itself is neither touched nor a submodule.
+
+        prompt = SoftPrompt(model, length=20)
+        out = model(**prompt(input_ids, attention_mask, labels=labels))
+        ids = model.generate(**prompt(input_ids, attention_mask), max_new_tokens=32)
+
+    The same text gives the same output alone and in a padded batch, on whichever side the padding is: the prompt stands
+    next to the text, and models that take `position_ids` get those of the text.
+
+    Args:
+        model: a transformers model that takes `inputs_embeds`. Freeze it yourself: `model.requires_grad_(False)`.
+        length: rows of the prompt, m.
+        init: what the prompt starts as: `"vocab"` (sampled token rows), `"normal"`, a text, or a tensor [m, d].
+        num_prompts: K for a bank of prompts; each row of a batch then names its own with `prompt_index`.
+        encoder: None, or the network that makes the prompt (P-tuning v1): `"mlp"` or `"lstm"`.
+        encoder_hidden_size, encoder_num_layers, encoder_dropout: of the encoder; d, 2 and 0 by default.
+        tokenizer: for `init` as a text: a tokenizer, or the name or folder of one; the model's own by default.
+
+    `prompt_embeddings` is an fp32 parameter, [m, d] or [K, m, d].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        length: int = 20,
+        *,
+        init: str | Tensor = "vocab",
+        num_prompts: int | None = None,
+        encoder: str | None = None,
+        encoder_hidden_size: int | None = None,
+        encoder_num_layers: int = 2,
+        encoder_dropout: float = 0.0,
+        tokenizer=None,
+    ):
+        super().__init__()
+        if length < 0 or (num_prompts is not None and num_prompts < 1):
+            raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
+        refuse_unservable(model)
+        self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
+        self.length, self.num_prompts = length, num_prompts
+        self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
+
+        table = model.get_input_embeddings()
+        prompts = [
+            initial_prompt(init, length, table, tokenizer or self.base_model)
+            for _ in range(1 if num_prompts is None else num_prompts)
+        ]
+        device = table.weight.device if table.weight.device.type != "meta" else None
+        prompt = prompts[0] if num_prompts is None else torch.stack(prompts)
+        self.prompt_embeddings = nn.Parameter(prompt.to(device))
+        self.encoder = None
+        if encoder is not None:
+            options = (encoder_hidden_size, encoder_num_layers, encoder_dropout)
+            self.encoder = PromptEncoder(encoder, prompt.shape[-1], *options).to(device)
+
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._position_start = position_start(model)
+        self._max_positions = max_positions(model)
+        self._counts_columns = counts_columns(model)
+        self._pooled = pooled_end(model)
+        self._labels_are_rows = labels_are_rows(model)
+
+    def embeddings(self) -> Tensor:
+        """The prompt itself, [m, d] or [K, m, d]: the parameter, or what the encoder makes of it."""
+        return self.prompt_embeddings if self.encoder is None else self.encoder(self.prompt_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_index: Tensor | None = None,
+        mode: str = "prepend",
+    ) -> dict[str, Tensor]:
+        """The keyword arguments for `model(...)` or `model.generate(...)`: those that the model's forward takes.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: [B, n] each, as a tokenizer returns them, padded on either side.
+            labels: one per token [B, n], which get -100 on the prompt rows; anything else (classes [B], the labels of
+                an encoder-decoder) goes to the model as it is.
+            prompt_index: [B] int64 in [0, K), with `num_prompts`.
+            mode: `"prepend"`, m + n columns a row.
+
+        Returns:
+            `inputs_embeds` [B, m + n, d], `attention_mask`, and what else was given or is needed. Outputs of the model
+            have the prompt's columns too: `logits[:, m:]` are those of the tokens, column by column.
+
+        Raises:
+            ValueError: more columns than the model has positions; padding that it cannot be told of.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
+        if (prompt_index is None) != (self.num_prompts is None):
+            raise ValueError(
+                "prompt_index chooses from the prompts of num_prompts: "
+                + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
+            )
+        self._check_room(input_ids)
+        per_token = labels is not None and not self._labels_are_rows and labels.shape == input_ids.shape
+        tokens = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids if "token_type_ids" in self._takes else None,
+            "labels": labels if per_token else None,
+        }
+        if attention_mask is not None:
+            if self._counts_columns and (attention_mask[:, :1] == 0).any():
+                raise ValueError(
+                    f"{type(self.model).__name__} counts padding on the left as positions and takes no position_ids: "
+                    "pad on the right (tokenizer.padding_side = 'right')"
+                )
+            if self._pooled is not None:
+                tokens = _moved_to(self._pooled, tokens)
+        takes_positions = "position_ids" in self._takes and attention_mask is not None
+        inputs = embedding.prepend(
+            self.model.get_input_embeddings(),
+            tokens.pop("input_ids"),
+            tokens.pop("attention_mask"),
+            prompt=self.embeddings(),
+            prompt_index=prompt_index,
+            adjacent=True,
+            position_start=self._position_start if takes_positions else None,
+            **tokens,
+        )
+        if labels is not None and not per_token:
+            inputs["labels"] = labels
+        return inputs
+
+    def _check_room(self, input_ids):
+        n, most = input_ids.shape[-1], self._max_positions
+        if most is not None and self.length + n > most:
+            raise ValueError(
+                f"{self.length} prompt rows and {n} tokens are {self.length + n}, and {type(self.model).__name__} has "
+                f"{most} positions: tokenize with truncation=True, max_length={most - self.length}"
+            )
+
+    def extra_repr(self) -> str:
+        prompts = "" if self.num_prompts is None else f", num_prompts={self.num_prompts}"
+        return f"length={self.length}{prompts}, model={type(self.model).__name__}"
+
+    def __deepcopy__(self, memo):
+        memo[id(self.model)] = self.model  # a copy of the prompt is a prompt for the same model
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def refuse_unservable(model: nn.Module) -> None:
+    """TypeError for a model that cannot be served through `inputs_embeds`, with the reason."""
+    name = type(model).__name__
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+        raise TypeError(f"{name} is not a transformers model")
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise TypeError(f"the forward of {name} takes no inputs_embeds, so no prompt can be put in front")
+    config = model.config.get_text_config()
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise TypeError(
+            f"{name} embeds its tokens anew in every layer and needs their input_ids for that; a prompt has none"
+        )
+    if model.config.is_encoder_decoder and name.endswith("ForSequenceClassification"):
+        raise TypeError(f"{name} finds the token that it classifies in the input_ids; a prompt has none")
+
+
+def pooled_end(model: nn.Module) -> str | None:
+    """Which end of a row a sequence classifier reads: "left" (encoders), "right" (decoders), None for other models.
+
+    A decoder's classifier finds the last token in the input_ids; given inputs_embeds it takes the last column.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return None
+    forward = inspect.unwrap(type(model).forward)
+    return "right" if "last_non_pad_token" in forward.__code__.co_varnames else "left"
+
+
+def labels_are_rows(model: nn.Module) -> bool:
+    """Whether labels belong to whole rows, or to the decoder of an encoder-decoder, whatever their shape."""
+    return model.config.is_encoder_decoder or type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _moved_to(end, tokens):
+    """The [B, n] tensors with each row's padding turned away from `end`: its outermost token stands there."""
+    mask = tokens["attention_mask"] != 0
+    n = mask.shape[1]
+    if n == 0:
+        return tokens
+    outer = mask if end == "left" else mask.flip(1)
+    padding = outer.cumsum(1).eq(0).sum(1, keepdim=True)  # columns of it at that end
+    columns = torch.arange(n, device=mask.device) + (padding if end == "left" else -padding)
+    return {key: None if value is None else value.gather(1, columns % n) for key, value in tokens.items()}
