@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-__all__ = ["WEIGHTS", "check_writable", "load", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -24,12 +24,8 @@ def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    with _replacing(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "ptuning_fast": text})
-    with _replacing(folder / CONFIG) as temporary:
-        Path(temporary).write_text(text + "\n", encoding="utf-8")
+    replace(folder / WEIGHTS, as_bytes(tensors, settings))
+    replace(folder / CONFIG, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -37,6 +33,17 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {folder}: there is no {WEIGHTS}")
+    return read(path)
+
+
+def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:
+    """A safetensors file of `tensors`, with `settings` in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors_bytes(tensors, {"format": "pt", "ptuning_fast": json.dumps(settings, ensure_ascii=False)})
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors (on the CPU) and settings of one file; no settings in a file of somebody else's."""
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("ptuning_fast", "{}"))
@@ -53,14 +60,13 @@ def check_writable(folder: str | Path) -> None:
         pass
 
 
-@contextlib.contextmanager
-def _replacing(path):
-    """A temporary name beside `path` that takes its place when the block ends well, and is removed when it does not."""
+def replace(path: Path, content: bytes) -> None:
+    """Make `content` the file at `path` in one step: written beside it, forced to disk, renamed."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)

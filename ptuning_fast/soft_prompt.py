@@ -2,11 +2,12 @@
 
 import copy
 import inspect
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import embedding
+from . import embedding, peft_files
 from .initial import initial_prompt
 from .positions import counts_columns, max_positions, position_start
 from .reparameterization import PromptEncoder
@@ -154,6 +155,63 @@ class SoftPrompt(nn.Module):
                 f"{most} positions: tokenize with truncation=True, max_length={most - self.length}"
             )
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the prompt, and a classifier's head with it, as an adapter that `peft.PeftModel.from_pretrained` loads.
+
+        What PEFT's files cannot hold (an encoder, a bank) stands beside them, so that training can go on from here.
+        """
+        rows = self.embeddings().detach()
+        config = peft_files.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
+        head = peft_files.head_of(self.model, config["task_type"])
+        settings = {
+            "config": config,
+            "num_prompts": self.num_prompts,
+            "encoder": None if self.encoder is None else self.encoder.settings,
+        }
+        resume = self.state_dict() | {f"head.{name}": tensor for name, tensor in head.items()}, settings
+        if self.num_prompts is not None:
+            peft_files.save_bank(folder, rows, head, config, resume)
+        else:
+            peft_files.save(folder, rows, head, config, None if self.encoder is None else resume)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: str | Path, *, any_base: bool = False) -> "SoftPrompt":
+        """The prompt that `save_pretrained` wrote, or PEFT's (PROMPT_TUNING, P_TUNING), ready to be used or trained on.
+
+        A head that was saved with it is loaded into `model`.
+
+        Args:
+            any_base: take an adapter that was trained on a model of another name.
+
+        Raises:
+            FileNotFoundError: no adapter in `folder`.
+            ValueError: an adapter of another kind, or for another model.
+        """
+        rows, head, config, resume = peft_files.load(folder)
+        tensors, settings = resume or ({"prompt_embeddings": rows}, {})
+        d = model.get_input_embeddings().weight.shape[1]
+        width = tensors["prompt_embeddings"].shape[-1]
+        if width != d:
+            raise ValueError(
+                f"the prompt in {folder} is {width} wide and the embeddings of {type(model).__name__} are {d}: "
+                f"it was trained on another model ({config.get('base_model_name_or_path')})"
+            )
+        ours, theirs = getattr(model.config, "_name_or_path", ""), config.get("base_model_name_or_path")
+        if ours and theirs and Path(ours).name != Path(theirs).name and not any_base:
+            raise ValueError(
+                f"the prompt in {folder} was trained on {theirs}, and this is {ours}: "
+                "load that model, or say any_base=True"
+            )
+        _load_head(model, head, folder)
+        options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
+        kind = (settings.get("encoder") or {}).get("kind")
+        start = torch.zeros(config["num_virtual_tokens"], d)
+        rng = torch.random.get_rng_state()
+        prompt = cls(model, len(start), init=start, num_prompts=settings.get("num_prompts"), encoder=kind, **options)
+        torch.random.set_rng_state(rng)
+        prompt.load_state_dict(tensors)
+        return prompt
+
     def extra_repr(self) -> str:
         prompts = "" if self.num_prompts is None else f", num_prompts={self.num_prompts}"
         return f"length={self.length}{prompts}, model={type(self.model).__name__}"
@@ -195,6 +253,21 @@ def pooled_end(model: nn.Module) -> str | None:
 def labels_are_rows(model: nn.Module) -> bool:
     """Whether labels belong to whole rows, or to the decoder of an encoder-decoder, whatever their shape."""
     return model.config.is_encoder_decoder or type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _load_head(model, head, folder):
+    """Copy the saved parameters of a task head into the model, all or none."""
+    own = model.state_dict()
+    for name, tensor in head.items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = f"has {list(own[name].shape)}" if name in own else "has none"
+            raise ValueError(
+                f"the adapter in {folder} holds {name} {list(tensor.shape)}, and {type(model).__name__} {found}: "
+                "load the model with the class and the num_labels that it was trained with"
+            )
+    with torch.no_grad():
+        for name, tensor in head.items():
+            own[name].copy_(tensor)
 
 
 def _moved_to(end, tokens):

@@ -239,7 +239,7 @@ def test_a_crash_leaves_the_old_adapter(minilm, tmp_path, monkeypatch, crash_in)
     def crash(*args, **kwargs):
         raise OSError("no space left on device")
 
-    target = {"write": "ptuning_fast.adapter.save_file", "fsync": "os.fsync", "replace": "os.replace"}[crash_in]
+    target = {"write": "ptuning_fast.adapter.safetensors_bytes", "fsync": "os.fsync", "replace": "os.replace"}[crash_in]
     monkeypatch.setattr(target, crash)
     with pytest.raises(OSError, match="no space"):
         fast.save_pretrained(tmp_path)

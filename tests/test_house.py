@@ -23,10 +23,12 @@ RANKS = {
     "functional": 1,
     # what is built on it
     "adapter": 0,
+    "peft_files": 1,
     "positions": 0,
     "reparameterization": 0,
     "initial": 1,
     "embedding": 2,
+    "peft_forward": 3,
     "soft_prompt": 3,
     "classifier": 4,
     "__init__": 5,
