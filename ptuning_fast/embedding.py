@@ -5,6 +5,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+try:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+except ImportError:  # a torch without distributed processes
+    FSDPModule, DTensor = (), None
+
 from . import reference
 from .functional import prepend_prompt
 
@@ -16,16 +22,21 @@ def prepend(
 ) -> dict[str, Tensor | int]:
     """`prepend_prompt` with the rows that `embedding(input_ids)` gives; the other arguments and the result are its own.
 
-    The table of a plain `nn.Embedding`, or of one of transformers' scaled ones, is read by the kernel. Whatever else a
-    model has (hooks, `max_norm`, sharded, quantised, offloaded or trainable weights, another class) is called, and the
-    rows are put together by plain torch operations, with one warning that says why.
+    The table of a plain `nn.Embedding`, or of one of transformers' scaled ones, is read by the kernel; where FSDP2 has
+    sharded it, after it has been gathered, with a warning. Whatever else a model has (hooks, `max_norm`, quantised,
+    offloaded or trainable weights, another class) is called, and the rows are put together by plain torch operations,
+    with one warning that says why.
     """
     obstacle = unreadable(embedding)
     if obstacle is None:
-        scale = embed_scale(embedding)
-        return prepend_prompt(
-            input_ids, attention_mask, weight=embedding.weight, prompt=prompt, embed_scale=scale, **options
-        )
+        weight, scale = embedding.weight, embed_scale(embedding)
+        if _is_sharded(weight):
+            warnings.warn(
+                f"the input embedding ({type(embedding).__name__}) is sharded: its table is gathered at every call",
+                stacklevel=2,
+            )
+            weight = weight.full_tensor()
+        return prepend_prompt(input_ids, attention_mask, weight=weight, prompt=prompt, embed_scale=scale, **options)
     warnings.warn(
         f"the input embedding ({type(embedding).__name__}) is called, not read by the fused kernel: {obstacle}",
         stacklevel=2,
@@ -37,23 +48,30 @@ def prepend(
 
 def unreadable(embedding: nn.Module) -> str | None:
     """Why `embedding.weight[ids] * scale` might not be what `embedding(ids)` returns, or None where it is."""
-    kind = type(embedding)
+    kind, hooks = type(embedding), [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
+    if isinstance(embedding, FSDPModule):  # it puts a class of its own before the module's, and its own hooks around
+        kind = kind.__mro__[2]
+        hooks = [hook for hook in hooks if type(getattr(hook, "__self__", None)).__name__ != "FSDPState"]
     if kind is not nn.Embedding and not (issubclass(kind, nn.Embedding) and kind.__name__.endswith(_SCALED)):
         return "it is not a plain nn.Embedding"
-    if embedding._forward_hooks or embedding._forward_pre_hooks or "forward" in vars(embedding):
+    if hooks or "forward" in vars(embedding):
         return "it has hooks, or a forward of its own"
     if embedding._backward_hooks or embedding._backward_pre_hooks:
         return "it has backward hooks"
     if embedding.max_norm is not None:
         return f"max_norm={embedding.max_norm} renormalises rows as they are looked up"
     weight = embedding.weight
-    if type(weight) not in (nn.Parameter, Tensor):
+    if type(weight) not in (nn.Parameter, Tensor) and not _is_sharded(weight):
         return f"its weight is a {type(weight).__name__}"
     if weight.device.type == "meta" or hasattr(weight, "ds_id"):
         return "its weight is not on this device as a whole"
     if weight.requires_grad and torch.is_grad_enabled():
         return "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
     return None
+
+
+def _is_sharded(weight):
+    return DTensor is not None and isinstance(weight, DTensor)
 
 
 # transformers' embeddings that multiply by `embed_scale` and do nothing else (Bart, Gemma 3, ... ).

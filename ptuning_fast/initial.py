@@ -43,4 +43,6 @@ def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokeni
         raise ValueError(f"init={init!r} has no tokens: give a longer text, 'normal' or 'vocab'")
     ids = ids.repeat(-(-length // len(ids)))[:length]
     with torch.no_grad():
-        return embedding(ids.to(embedding.weight.device)).float().cpu()
+        # Offloaded weights are on no device yet; whoever brings them in takes the ids along.
+        device = embedding.weight.device
+        return embedding(ids if device.type == "meta" else ids.to(device)).float().cpu()

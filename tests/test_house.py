@@ -28,8 +28,8 @@ RANKS = {
     "reparameterization": 0,
     "initial": 1,
     "embedding": 2,
-    "peft_forward": 3,
     "soft_prompt": 3,
+    "peft_forward": 4,
     "classifier": 4,
     "__init__": 5,
     # the command line
