@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--mode", choices=["prepend"], default="prepend", help="how the prompt meets the text")
     train.add_argument("--prompt-length", type=_whole(0), default=16, help="rows of the prompt")
     train.add_argument("--init", default="vocab", help="what the prompt starts as: normal, vocab or a text")
-    train.add_argument("--pooling", choices=["first", "cls", "mean"], default="mean", help="what is classified")
+    train.add_argument(
+        "--pooling", choices=["first", "cls", "mean", "last"], help="what is classified (mean; last of a decoder)"
+    )
     train.add_argument("--max-length", type=_whole(1), default=128, help="tokens that longer texts are cut to")
     train.add_argument("--epochs", type=_above_zero, default=1.0, help="passes over the training texts")
     train.add_argument("--learning-rate", type=_above_zero, default=5e-3, help="AdamW's, falling to 0 linearly")

@@ -1,6 +1,5 @@
-"""FastPTuning: the drop-in for the torch.cat module, a frozen encoder with a prompt in front and a linear head."""
+"""FastPTuning: the drop-in for the torch.cat module, a frozen model with a prompt in front and a linear head."""
 
-import inspect
 from pathlib import Path
 
 import torch
@@ -11,11 +10,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import adapter, embedding
 from .initial import initial_prompt
-from .positions import max_positions
+from .serving import Serving, is_causal
 
 __all__ = ["FastPTuning"]
 
-POOLINGS = ("first", "cls", "mean")
+POOLINGS = ("first", "cls", "mean", "last")
 MODES = ("prepend",)
 
 
@@ -27,12 +26,14 @@ class FastPTuning(nn.Module):
                        [B, m + n, d]  ──  bert (frozen)  ──  pooling  ──  classifier  ──  logits [B, num_labels]
 
     Args:
-        model_name: a hub id or a folder for `AutoModel.from_pretrained`, or a loaded encoder, which is frozen.
+        model_name: a hub id or a folder for `AutoModel.from_pretrained`, or a loaded encoder or decoder without a head,
+            which is frozen.
         prompt_length: rows of the prompt, m.
         num_labels: classes; 1 is a regression.
         pooling: the row of the last hidden state that is classified: `"first"` is row 0, the first prompt row, as the
             torch.cat module has it; `"cls"` is the text's own first token (row m, behind any padding on the left);
-            `"mean"` averages the text's tokens.
+            `"mean"` averages the text's tokens; `"last"` is its last token. A decoder, whose first rows no text
+            reaches, takes one of the latter two.
         init: what the prompt starts as: `"normal"`, `"vocab"` (sampled token rows), a text, or a tensor [m, d].
         mode: `"prepend"`, the layout of the torch.cat module.
         id2label: names of the labels by their number, kept with the adapter.
@@ -70,6 +71,16 @@ class FastPTuning(nn.Module):
         self.bert = model_name if isinstance(model_name, nn.Module) else AutoModel.from_pretrained(model_name)
         if self.bert.base_model is not self.bert:
             raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
+        if self.bert.config.is_encoder_decoder:
+            raise TypeError(f"{type(self.bert).__name__} is encoder and decoder: give its encoder alone")
+        self._serving = Serving(self.bert)
+        # The layout of the reference where that applies; any other model gets what it takes to ignore padding.
+        self._as_reference = hasattr(getattr(self.bert, "embeddings", None), "word_embeddings")
+        if pooling in ("first", "cls") and not self._as_reference and is_causal(self.bert):
+            raise ValueError(
+                f"pooling={pooling!r} reads a row that no text reaches, as {type(self.bert).__name__} is causal: "
+                "take 'last' or 'mean'"
+            )
         self.bert.requires_grad_(False)
         self.prompt_length, self.num_labels = prompt_length, num_labels
         self.pooling, self.mode = pooling, mode
@@ -81,10 +92,9 @@ class FastPTuning(nn.Module):
         self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
         self.classifier = nn.Linear(self.bert.config.hidden_size, num_labels).to(table.weight.device)
 
-        self._takes_types = "token_type_ids" in inspect.signature(self.bert.forward).parameters
-        positions = max_positions(self.bert)
-        self._most_tokens = None if positions is None else positions - prompt_length
-        if self._most_tokens is not None and self._most_tokens < 1:
+        positions = self._serving.max_positions
+        room = None if positions is None else positions - prompt_length
+        if room is not None and room < 1:
             raise ValueError(
                 f"prompt_length={prompt_length} leaves no room for text: "
                 f"{type(self.bert).__name__} has {positions} positions"
@@ -92,8 +102,8 @@ class FastPTuning(nn.Module):
         if max_length is None:
             limit = positions or getattr(self.bert.config, "max_position_embeddings", None)
             max_length = None if limit is None else limit - prompt_length
-        elif not 1 <= max_length <= (self._most_tokens or max_length):
-            raise ValueError(f"max_length={max_length} is not between 1 and {self._most_tokens}, the room for text")
+        elif not 1 <= max_length <= (room or max_length):
+            raise ValueError(f"max_length={max_length} is not between 1 and {room}, the room for text")
         self.max_length = max_length
 
     def forward(
@@ -114,20 +124,19 @@ class FastPTuning(nn.Module):
         Returns:
             Logits [B, num_labels], or with `labels` a `SequenceClassifierOutput` of `loss` and `logits`.
         """
-        if self._most_tokens is not None and input_ids.shape[-1] > self._most_tokens:
-            raise ValueError(
-                f"{input_ids.shape[-1]} tokens and {self.prompt_length} prompt rows are more than the "
-                f"{self._most_tokens + self.prompt_length} positions of {type(self.bert).__name__}: "
-                f"tokenize with truncation=True, max_length={self._most_tokens}"
-            )
-        if not self._takes_types:
+        self._serving.check_room(self.prompt_length, input_ids.shape[-1])
+        if "token_type_ids" not in self._serving.takes:
             token_type_ids = None
+        options = {}
+        if not self._as_reference:
+            options = {"adjacent": True, "position_start": self._serving.positions_from(attention_mask)}
         inputs = embedding.prepend(
             self.bert.get_input_embeddings(),
             input_ids,
             attention_mask,
             prompt=self.prompt_embeddings,
             token_type_ids=token_type_ids,
+            **options,
         )
         hidden = self.bert(**inputs).last_hidden_state
         logits = self.classifier(self._pool(hidden, attention_mask).to(self.classifier.weight.dtype))
@@ -136,14 +145,20 @@ class FastPTuning(nn.Module):
         return SequenceClassifierOutput(loss=_loss(logits, labels), logits=logits)
 
     def _pool(self, hidden, attention_mask):
-        if self.pooling == "first":
-            return hidden[:, 0]
         text = hidden[:, self.prompt_length :]
         if attention_mask is None:
-            return text[:, 0] if self.pooling == "cls" else text.mean(1)
-        there = (attention_mask != 0)[:, :, None]
+            rows = {"first": hidden[:, :1], "cls": text[:, :1], "mean": text, "last": text[:, -1:]}
+            return rows[self.pooling].mean(1)
+        there = attention_mask != 0
+        if self.pooling == "first":
+            if self._as_reference:
+                return hidden[:, 0]
+            return _row(hidden, there.cumsum(1).eq(0).sum(1))  # behind the padding on the left
         if self.pooling == "cls":
-            return text.take_along_dim(there.int().argmax(1, keepdim=True), 1)[:, 0]
+            return _row(text, there.int().argmax(1))
+        if self.pooling == "last":
+            return _row(text, there.shape[1] - 1 - there.flip(1).int().argmax(1))
+        there = there[:, :, None]
         return torch.where(there, text, 0).sum(1) / there.sum(1).clamp(min=1)
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
@@ -211,6 +226,11 @@ class FastPTuning(nn.Module):
 
     def extra_repr(self) -> str:
         return f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}"
+
+
+def _row(hidden, columns):
+    """[B, d]: of each batch row the one at its column."""
+    return hidden.take_along_dim(columns[:, None, None], 1)[:, 0]
 
 
 def _base_model(name):

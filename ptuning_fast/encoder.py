@@ -26,6 +26,8 @@ def load_encoder(name: str):
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or ["?"])[0]
         raise InputError(f"cannot load the model {name!r} (--model names another): {reason}") from None
+    if tokenizer.pad_token_id is None:  # decoders' often: any token does, as the mask hides it
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer of {name!r} has no padding token, which batches of texts need")
     return encoder, tokenizer

@@ -1,7 +1,6 @@
 """SoftPrompt: a trainable prompt for any Hugging Face model."""
 
 import copy
-import inspect
 from pathlib import Path
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 
 from . import embedding, peft_files
 from .initial import initial_prompt
-from .positions import counts_columns, max_positions, position_start
 from .reparameterization import PromptEncoder
+from .serving import Serving
 
 __all__ = ["SoftPrompt"]
 
@@ -55,7 +54,7 @@ class SoftPrompt(nn.Module):
         super().__init__()
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
-        refuse_unservable(model)
+        self._serving = Serving(model)
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -72,13 +71,6 @@ class SoftPrompt(nn.Module):
         if encoder is not None:
             options = (encoder_hidden_size, encoder_num_layers, encoder_dropout)
             self.encoder = PromptEncoder(encoder, prompt.shape[-1], *options).to(device)
-
-        self._takes = frozenset(inspect.signature(model.forward).parameters)
-        self._position_start = position_start(model)
-        self._max_positions = max_positions(model)
-        self._counts_columns = counts_columns(model)
-        self._pooled = pooled_end(model)
-        self._labels_are_rows = labels_are_rows(model)
 
     def embeddings(self) -> Tensor:
         """The prompt itself, [m, d] or [K, m, d]: the parameter, or what the encoder makes of it."""
@@ -116,23 +108,17 @@ class SoftPrompt(nn.Module):
                 "prompt_index chooses from the prompts of num_prompts: "
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
-        self._check_room(input_ids)
-        per_token = labels is not None and not self._labels_are_rows and labels.shape == input_ids.shape
-        tokens = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids if "token_type_ids" in self._takes else None,
-            "labels": labels if per_token else None,
-        }
-        if attention_mask is not None:
-            if self._counts_columns and (attention_mask[:, :1] == 0).any():
-                raise ValueError(
-                    f"{type(self.model).__name__} counts padding on the left as positions and takes no position_ids: "
-                    "pad on the right (tokenizer.padding_side = 'right')"
-                )
-            if self._pooled is not None:
-                tokens = _moved_to(self._pooled, tokens)
-        takes_positions = "position_ids" in self._takes and attention_mask is not None
+        serving = self._serving
+        serving.check_room(self.length, input_ids.shape[-1])
+        per_token = labels is not None and not serving.labels_are_rows and labels.shape == input_ids.shape
+        tokens = serving.turned(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids if "token_type_ids" in serving.takes else None,
+                "labels": labels if per_token else None,
+            }
+        )
         inputs = embedding.prepend(
             self.model.get_input_embeddings(),
             tokens.pop("input_ids"),
@@ -140,20 +126,12 @@ class SoftPrompt(nn.Module):
             prompt=self.embeddings(),
             prompt_index=prompt_index,
             adjacent=True,
-            position_start=self._position_start if takes_positions else None,
+            position_start=serving.positions_from(attention_mask),
             **tokens,
         )
         if labels is not None and not per_token:
             inputs["labels"] = labels
         return inputs
-
-    def _check_room(self, input_ids):
-        n, most = input_ids.shape[-1], self._max_positions
-        if most is not None and self.length + n > most:
-            raise ValueError(
-                f"{self.length} prompt rows and {n} tokens are {self.length + n}, and {type(self.model).__name__} has "
-                f"{most} positions: tokenize with truncation=True, max_length={most - self.length}"
-            )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prompt, and a classifier's head with it, as an adapter that `peft.PeftModel.from_pretrained` loads.
@@ -223,38 +201,6 @@ class SoftPrompt(nn.Module):
         return copied
 
 
-def refuse_unservable(model: nn.Module) -> None:
-    """TypeError for a model that cannot be served through `inputs_embeds`, with the reason."""
-    name = type(model).__name__
-    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
-        raise TypeError(f"{name} is not a transformers model")
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-        raise TypeError(f"the forward of {name} takes no inputs_embeds, so no prompt can be put in front")
-    config = model.config.get_text_config()
-    if getattr(config, "hidden_size_per_layer_input", 0):
-        raise TypeError(
-            f"{name} embeds its tokens anew in every layer and needs their input_ids for that; a prompt has none"
-        )
-    if model.config.is_encoder_decoder and name.endswith("ForSequenceClassification"):
-        raise TypeError(f"{name} finds the token that it classifies in the input_ids; a prompt has none")
-
-
-def pooled_end(model: nn.Module) -> str | None:
-    """Which end of a row a sequence classifier reads: "left" (encoders), "right" (decoders), None for other models.
-
-    A decoder's classifier finds the last token in the input_ids; given inputs_embeds it takes the last column.
-    """
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return None
-    forward = inspect.unwrap(type(model).forward)
-    return "right" if "last_non_pad_token" in forward.__code__.co_varnames else "left"
-
-
-def labels_are_rows(model: nn.Module) -> bool:
-    """Whether labels belong to whole rows, or to the decoder of an encoder-decoder, whatever their shape."""
-    return model.config.is_encoder_decoder or type(model).__name__.endswith("ForSequenceClassification")
-
-
 def _load_head(model, head, folder):
     """Copy the saved parameters of a task head into the model, all or none."""
     own = model.state_dict()
@@ -268,15 +214,3 @@ def _load_head(model, head, folder):
     with torch.no_grad():
         for name, tensor in head.items():
             own[name].copy_(tensor)
-
-
-def _moved_to(end, tokens):
-    """The [B, n] tensors with each row's padding turned away from `end`: its outermost token stands there."""
-    mask = tokens["attention_mask"] != 0
-    n = mask.shape[1]
-    if n == 0:
-        return tokens
-    outer = mask if end == "left" else mask.flip(1)
-    padding = outer.cumsum(1).eq(0).sum(1, keepdim=True)  # columns of it at that end
-    columns = torch.arange(n, device=mask.device) + (padding if end == "left" else -padding)
-    return {key: None if value is None else value.gather(1, columns % n) for key, value in tokens.items()}

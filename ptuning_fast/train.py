@@ -13,6 +13,7 @@ from .classifier import FastPTuning
 from .docstrings import stdlib_docstrings
 from .encoder import DEMO, load_encoder
 from .reference import ReferencePTuning
+from .serving import is_causal
 from .tables import InputError, read_labelled
 
 __all__ = ["run"]
@@ -41,12 +42,12 @@ def run(options) -> None:
             encoder,
             options.prompt_length,
             len(names),
-            pooling=options.pooling,
+            pooling=options.pooling or _pooling(encoder),
             init=options.init,
             mode=options.mode,
             id2label=dict(enumerate(names)),
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None
     if not options.model:
         model.base_model = DEMO
@@ -68,6 +69,10 @@ def run(options) -> None:
     print(f"held-out accuracy {accuracy:.3f}; always saying {names[majority]!r} gives {count / len(held_out):.3f}")
     _compare_speed(model, trainer)
     print(f"adapter saved in {options.output}")
+
+
+def _pooling(encoder):
+    return "last" if not encoder.config.is_encoder_decoder and is_causal(encoder) else "mean"
 
 
 def _data(options):

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from ptuning_fast import FastPTuning
@@ -249,7 +250,7 @@ def test_a_crash_leaves_the_old_adapter(minilm, tmp_path, monkeypatch, crash_in)
 def test_texts_that_are_too_long(minilm):
     fast = FastPTuning(minilm, 20, 2)
     assert fast.max_length == 492
-    with pytest.raises(ValueError, match=r"493 tokens and 20 prompt rows.*512 positions.*max_length=492"):
+    with pytest.raises(ValueError, match=r"20 prompt rows and 493 tokens.*512 positions.*max_length=492"):
         fast(torch.ones(1, 493, dtype=torch.long))
     with pytest.raises(ValueError, match="leaves no room for text"):
         FastPTuning(minilm, 512, 2)
@@ -336,3 +337,41 @@ def test_an_unfrozen_encoder_trains_as_the_reference_does():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         FastPTuning(small("bert"), **options)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mistral", "Bloom"])
+def test_decoders(name, pooling):
+    """Logits of a text in a batch, padded on either side, are those of the text alone by hand."""
+    model = zoo.build(name).base_model
+    fast = FastPTuning(model, zoo.M, 3, pooling=pooling).eval()
+    for side in ("left", "right"):
+        ids, mask = zoo.padded(zoo.texts(), side)
+        logits = fast(ids, mask)
+        for row, text in enumerate(zoo.texts()):
+            hidden = zoo.by_hand(model, fast.prompt_embeddings, text)
+            pooled = hidden[-1] if pooling == "last" else hidden[zoo.M :].mean(0)
+            assert (logits[row] - fast.classifier(pooled)).abs().max() <= zoo.TOLERANCE
+            assert (fast(text[None])[0] - logits[row]).abs().max() <= zoo.TOLERANCE
+    logits.square().sum().backward()
+    assert fast.prompt_embeddings.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("pooling", ["first", "cls", "mean", "last"])
+def test_an_encoder_that_the_reference_does_not_take(pooling):
+    """ModernBERT: each text as alone, on whichever side the padding is, also where the pooled row is near it."""
+    model = zoo.build("ModernBERT")
+    fast = FastPTuning(model, zoo.M, 3, pooling=pooling).eval()
+    for side in ("left", "right"):
+        logits = fast(*zoo.padded(zoo.texts(), side))
+        for row, text in enumerate(zoo.texts()):
+            assert (fast(text[None])[0] - logits[row]).abs().max() <= zoo.TOLERANCE
+
+
+def test_models_that_are_refused():
+    with pytest.raises(ValueError, match="GPT2Model is causal: take 'last' or 'mean'"):
+        FastPTuning(zoo.build("GPT-2").base_model, 3)
+    with pytest.raises(TypeError, match="give its encoder alone"):
+        FastPTuning(zoo.build("T5", "T5Model"), 3)
+    encoder = zoo.build("T5", "T5EncoderModel")
+    assert FastPTuning(encoder, 3, pooling="mean")(*zoo.padded(zoo.texts(), "left")).shape == (4, 2)

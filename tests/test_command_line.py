@@ -210,3 +210,38 @@ def test_as_a_program(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.strip() == "error: missing.csv: there is no such file"
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """Folder of a small Llama with a tokenizer of its own, which has no padding token, as decoders' often have none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("decoder")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(stdlib_docstrings()[0], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(vocab_size=500, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_decoder(rows, decoder, tmp_path, capsys, monkeypatch):
+    """Trained and used like an encoder; its last token is what is classified."""
+    file, adapter = write(tmp_path / "rows.csv", rows), str(tmp_path / "adapter")
+    assert main(["train", "--train-file", file, "--model", decoder, "--output", adapter]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out accuracy" in printed
+    model = FastPTuning.from_pretrained(adapter)
+    assert model.pooling == "last"
+    assert type(model.bert).__name__ == "LlamaModel"
+    texts = "\n".join(text.replace("\n", " ") for text, _ in rows[:5])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts.encode())))
+    assert main(["predict", "--adapter", adapter]) == 0
+    assert set(capsys.readouterr().out.split()) <= {"asyncio", "xml"}
+    assert main(["train", "--train-file", file, "--model", decoder, "--output", adapter, "--pooling", "first"]) == 2
+    assert "take 'last' or 'mean'" in capsys.readouterr().err

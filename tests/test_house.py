@@ -27,6 +27,7 @@ RANKS = {
     "positions": 0,
     "reparameterization": 0,
     "initial": 1,
+    "serving": 1,
     "embedding": 2,
     "soft_prompt": 3,
     "peft_forward": 4,
