@@ -2,6 +2,7 @@
 
 from .classifier import FastPTuning
 from .functional import prepend_prompt
+from .peft_forward import accelerate
 from .soft_prompt import SoftPrompt
 
-__all__ = ["FastPTuning", "SoftPrompt", "prepend_prompt"]
+__all__ = ["FastPTuning", "SoftPrompt", "accelerate", "prepend_prompt"]
