@@ -8,7 +8,7 @@ BENCH = [
     *DEMO,
     "liger-kernel; platform_system == 'Linux'",
     "matplotlib",
-    "peft>=0.17",
+    "peft>=0.18",
     "pytest>=8",
     "pytest-benchmark>=5",
 ]

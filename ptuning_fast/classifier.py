@@ -1,5 +1,7 @@
 """FastPTuning: the drop-in for the torch.cat module, a frozen model with a prompt in front and a linear head."""
 
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -10,12 +12,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import adapter, embedding
 from .initial import initial_prompt
+from .precision import DTYPES, store_linears
+from .pruning import pooled_rows_only, prunable
 from .serving import Serving, is_causal
+from .varlen import check_packable, packed_attention
 
 __all__ = ["FastPTuning"]
 
 POOLINGS = ("first", "cls", "mean", "last")
-MODES = ("prepend",)
+MODES = ("prepend", "packed")
 
 
 class FastPTuning(nn.Module):
@@ -35,7 +40,13 @@ class FastPTuning(nn.Module):
             `"mean"` averages the text's tokens; `"last"` is its last token. A decoder, whose first rows no text
             reaches, takes one of the latter two.
         init: what the prompt starts as: `"normal"`, `"vocab"` (sampled token rows), a text, or a tensor [m, d].
-        mode: `"prepend"`, the layout of the torch.cat module.
+        mode: `"prepend"`, the layout of the torch.cat module; `"packed"` leaves the padding out: the sequences go
+            through the encoder one behind the other, each with attention to itself.
+        prune: whether behind the last layer's attention only the pooled row is computed. Done where the architecture is
+            recognised and the pooling is not `"mean"`; by default in mode `"packed"`, as in mode `"prepend"` the logits
+            are else the reference's bit by bit.
+        precision: `"bf16"` or `"fp16"` keeps the encoder's frozen linear layers so, and runs it under autocast; prompt
+            and head stay in fp32. It changes an encoder that is handed in.
         id2label: names of the labels by their number, kept with the adapter.
         max_length: tokens to cut texts to, kept with the adapter; by default as many as the encoder has positions for.
 
@@ -52,6 +63,8 @@ class FastPTuning(nn.Module):
         pooling: str = "first",
         init: str | Tensor = "normal",
         mode: str = "prepend",
+        prune: bool | None = None,
+        precision: str | None = None,
         id2label: dict[int, str] | None = None,
         max_length: int | None = None,
     ):
@@ -64,6 +77,12 @@ class FastPTuning(nn.Module):
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; it is {pooling!r}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
+        if precision is not None and precision not in DTYPES:
+            raise ValueError(f"precision must be None, {' or '.join(map(repr, DTYPES))}; it is {precision!r}")
+        if mode == "packed" and prompt_length == 0:
+            raise ValueError(
+                "mode='packed' needs a prompt of one row at least: a text without tokens would have no row"
+            )
         if id2label is not None and sorted(map(int, id2label)) != list(range(num_labels)):
             raise ValueError(f"id2label must name the labels 0 to {num_labels - 1}; it has {sorted(id2label)}")
         if not isinstance(model_name, (str, Path, PreTrainedModel)):
@@ -81,7 +100,16 @@ class FastPTuning(nn.Module):
                 f"pooling={pooling!r} reads a row that no text reaches, as {type(self.bert).__name__} is causal: "
                 "take 'last' or 'mean'"
             )
+        if mode == "packed":
+            check_packable(self.bert)
+            if self._serving.counts_columns:
+                raise TypeError(f"{type(self.bert).__name__} takes no position_ids, which mode='packed' needs")
+        prune = (mode == "packed") if prune is None else prune
+        self.prune = bool(prune) and pooling != "mean" and prunable(self.bert)
+        self.precision = precision
         self.bert.requires_grad_(False)
+        if precision is not None:
+            store_linears(self.bert, precision)
         self.prompt_length, self.num_labels = prompt_length, num_labels
         self.pooling, self.mode = pooling, mode
         self.id2label = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
@@ -90,7 +118,8 @@ class FastPTuning(nn.Module):
         table = self.bert.get_input_embeddings()
         prompt = initial_prompt(init, prompt_length, table, self.base_model)
         self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
-        self.classifier = nn.Linear(self.bert.config.hidden_size, num_labels).to(table.weight.device)
+        width = getattr(self.bert.config, "word_embed_proj_dim", self.bert.config.hidden_size)  # the former: OPT's
+        self.classifier = nn.Linear(width, num_labels).to(table.weight.device)
 
         positions = self._serving.max_positions
         room = None if positions is None else positions - prompt_length
@@ -127,8 +156,9 @@ class FastPTuning(nn.Module):
         self._serving.check_room(self.prompt_length, input_ids.shape[-1])
         if "token_type_ids" not in self._serving.takes:
             token_type_ids = None
-        options = {}
-        if not self._as_reference:
+        packed = self.mode == "packed"
+        options = {"packed": True, "position_start": self._serving.position_start} if packed else {}
+        if not packed and not self._as_reference:
             options = {"adjacent": True, "position_start": self._serving.positions_from(attention_mask)}
         inputs = embedding.prepend(
             self.bert.get_input_embeddings(),
@@ -138,27 +168,65 @@ class FastPTuning(nn.Module):
             token_type_ids=token_type_ids,
             **options,
         )
-        hidden = self.bert(**inputs).last_hidden_state
-        logits = self.classifier(self._pool(hidden, attention_mask).to(self.classifier.weight.dtype))
+        if "position_ids" not in self._serving.takes:
+            inputs.pop("position_ids", None)
+        pooled = self._pool(self._encode(inputs, input_ids, attention_mask), inputs, input_ids, attention_mask)
+        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
         if labels is None:
             return logits
         return SequenceClassifierOutput(loss=_loss(logits, labels), logits=logits)
 
-    def _pool(self, hidden, attention_mask):
-        text = hidden[:, self.prompt_length :]
-        if attention_mask is None:
-            rows = {"first": hidden[:, :1], "cls": text[:, :1], "mean": text, "last": text[:, -1:]}
-            return rows[self.pooling].mean(1)
+    def _encode(self, inputs, input_ids, attention_mask):
+        """The last hidden state: all rows, [B, S, d] or packed [1, T, d], or with `prune` the pooled ones."""
+        if (self.mode == "packed" or self.prune) and _is_checkpointed(self.bert):
+            raise ValueError(
+                "gradient checkpointing computes layers again when mode='packed' and prune are no longer in force: "
+                "take mode='prepend' with prune=False, or do without it"
+            )
+        with ExitStack() as savings:
+            if self.mode == "packed":
+                savings.enter_context(packed_attention(self.bert))
+            if self.prune:
+                savings.enter_context(pooled_rows_only(self.bert, self._columns(inputs, input_ids, attention_mask)))
+            if self.precision is not None:
+                savings.enter_context(torch.autocast(input_ids.device.type, DTYPES[self.precision]))
+            return self.bert(**inputs).last_hidden_state
+
+    def _columns(self, inputs, input_ids, attention_mask):
+        """[B]: where the pooled row of each text stands in the hidden state; not for `"mean"`."""
+        (B, n), m = input_ids.shape, self.prompt_length
+        if self.mode == "packed":
+            ends = inputs["cu_seq_lens_q"].long()
+            if self.pooling == "last":
+                return ends[1:] - 1
+            return ends[:-1] if self.pooling == "first" else torch.minimum(ends[:-1] + m, ends[1:] - 1)
+        if attention_mask is None or (self.pooling == "first" and self._as_reference):
+            return torch.full((B,), {"first": 0, "cls": m, "last": m + n - 1}[self.pooling], device=input_ids.device)
         there = attention_mask != 0
         if self.pooling == "first":
-            if self._as_reference:
-                return hidden[:, 0]
-            return _row(hidden, there.cumsum(1).eq(0).sum(1))  # behind the padding on the left
+            return there.cumsum(1).eq(0).sum(1)  # behind the padding on the left
         if self.pooling == "cls":
-            return _row(text, there.int().argmax(1))
-        if self.pooling == "last":
-            return _row(text, there.shape[1] - 1 - there.flip(1).int().argmax(1))
-        there = there[:, :, None]
+            return m + there.int().argmax(1)
+        return m + n - 1 - there.flip(1).int().argmax(1)
+
+    def _pool(self, hidden, inputs, input_ids, attention_mask):
+        """[B, d]"""
+        m = self.prompt_length
+        if self.prune:
+            return hidden.reshape(len(input_ids), -1)
+        if self.pooling != "mean":
+            columns = self._columns(inputs, input_ids, attention_mask)
+            if self.mode == "packed":
+                return hidden[0, columns]
+            return hidden.take_along_dim(columns[:, None, None], 1)[:, 0]
+        if self.mode == "packed":
+            ends = inputs["cu_seq_lens_q"].tolist()
+            texts = hidden[0].split([end - start for start, end in pairwise(ends)])
+            return torch.stack([text[m:].sum(0) / max(len(text) - m, 1) for text in texts])
+        text = hidden[:, m:]
+        if attention_mask is None:
+            return text.mean(1)
+        there = (attention_mask != 0)[:, :, None]
         return torch.where(there, text, 0).sum(1) / there.sum(1).clamp(min=1)
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
@@ -225,12 +293,14 @@ class FastPTuning(nn.Module):
         return model.eval()
 
     def extra_repr(self) -> str:
-        return f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}"
+        return (
+            f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}, "
+            f"prune={self.prune}, precision={self.precision!r}"
+        )
 
 
-def _row(hidden, columns):
-    """[B, d]: of each batch row the one at its column."""
-    return hidden.take_along_dim(columns[:, None, None], 1)[:, 0]
+def _is_checkpointed(model):
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _base_model(name):

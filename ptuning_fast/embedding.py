@@ -49,6 +49,8 @@ def prepend(
 def unreadable(embedding: nn.Module) -> str | None:
     """Why `embedding.weight[ids] * scale` might not be what `embedding(ids)` returns, or None where it is."""
     kind, hooks = type(embedding), [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
+    # What gradient checkpointing adds makes the rows require grad, and those with a prompt in front do.
+    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
     if isinstance(embedding, FSDPModule):  # it puts a class of its own before the module's, and its own hooks around
         kind = kind.__mro__[2]
         hooks = [hook for hook in hooks if type(getattr(hook, "__self__", None)).__name__ != "FSDPState"]

@@ -63,16 +63,15 @@ def accelerate(peft_model: nn.Module, *, fix_left_padding: bool = False) -> nn.M
             "Accelerator.prepare, ...): accelerate before that, and undo after it is gone"
         )
     if accelerated:
-        for name in ("forward", "_serving"):
-            vars(peft_model).pop(name, None)
+        vars(peft_model).pop("forward", None)
+        del peft_model._serving
         peft_model.__class__ = kind._peft_kind
         return peft_model
     _refuse(peft_model, peft)
     serving = Serving(peft_model.base_model) if fix_left_padding else None
     vars(peft_model).pop("forward", None)
     peft_model.__class__ = _accelerated(kind)
-    if fix_left_padding:
-        peft_model._serving = serving
+    peft_model._serving = serving
     return peft_model
 
 
@@ -107,9 +106,10 @@ def _peft_name(kind):
 
 
 class _Accelerated:
-    """What the class of an accelerated model has beside PEFT's own, `_peft_kind`."""
+    """What tells an accelerated model's class from PEFT's, which is its `_peft_kind`.
 
-    _serving = None  # with fix_left_padding, on the instance: what the base model takes
+    `_serving`, on the instance, is what the base model takes, with `fix_left_padding`; None without.
+    """
 
     def __reduce__(self):
         # The class is not to be found by its name: a pickle has PEFT's.

@@ -1,0 +1,128 @@
+"""Attention over a packed batch: each sequence by itself, no padding, through transformers' AttentionInterface.
+
+query, key, value [1, heads, T, head size]  ──  split at cu_seq_lens  ──  attention  ──  [1, T, heads, head size]
+"""
+
+import contextlib
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+__all__ = ["check_packable", "packed_attention"]
+
+NAME = "ptuning_fast_varlen"
+
+
+def check_packable(model: nn.Module) -> None:
+    """TypeError for a model whose attention cannot be given a packed batch, with the reason.
+
+    Such are models that do not go through transformers' AttentionInterface, most of them because they add a bias of
+    their own to the scores: ALiBi (Bloom), relative positions (T5, DeBERTa, MPNet).
+    """
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False) or model.config.is_encoder_decoder:
+        raise TypeError(
+            f"{name} computes its attention by itself (biases on the scores, or an encoder-decoder), so it cannot be "
+            "given a packed batch: take mode='prepend'"
+        )
+
+
+@contextlib.contextmanager
+def packed_attention(model: nn.Module):
+    """Inside, `model` computes attention for packed batches, from the `cu_seq_lens_q` that its forward is given.
+
+    No mask is registered for this attention, so transformers builds none and nothing waits for the GPU.
+
+    Raises:
+        RuntimeError: at the end, where not every layer came here: sequences would have seen each other.
+    """
+    config = model.config
+    before, calls = config._attn_implementation, _Calls()
+    config._attn_implementation = NAME
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"calls": calls}), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+        config._attn_implementation = before
+    layers = config.get_text_config().num_hidden_layers
+    if calls.count != layers:
+        raise RuntimeError(
+            f"{calls.count} of the {layers} layers of {type(model).__name__} computed packed attention: "
+            "take mode='prepend'"
+        )
+
+
+class _Calls:
+    count = 0
+
+
+def varlen_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    cu_seq_lens_q,
+    calls,
+    dropout=0.0,
+    scaling=None,
+    is_causal=None,
+    sliding_window=None,
+    softcap=None,
+    **kwargs,
+):
+    """An attention function of transformers; `calls` counts the layers that came here."""
+    calls.count += 1
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ends = cu_seq_lens_q.tolist()
+    lengths = [end - start for start, end in pairwise(ends)]
+    gqa = query.shape[1] != key.shape[1]
+    if softcap is not None and gqa:
+        key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], 1) for one in (key, value))
+    out = []
+    # split, not slices: its gradient is one concatenation.
+    for q, k, v in zip(*(one.split(lengths, 2) for one in (query, key, value))):
+        mask = _window(q.shape[2], sliding_window, causal, q.device)
+        if softcap is not None:
+            rows = _softcapped(q, k, v, mask, causal, scaling, softcap, dropout)
+        else:
+            rows = F.scaled_dot_product_attention(
+                *(q, k, v),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal and mask is None,
+                scale=scaling,
+                enable_gqa=gqa,
+            )
+        out.append(rows.transpose(1, 2))
+    return torch.cat(out, 1), None
+
+
+def _window(n, sliding_window, causal, device):
+    """[n, n], True where a query may look: less than `sliding_window` away, backwards if causal; None: everywhere."""
+    if sliding_window is None or n <= sliding_window:
+        return None
+    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
+    return ((distance >= 0) if causal else (distance > -sliding_window)) & (distance < sliding_window)
+
+
+def _softcapped(q, k, v, mask, causal, scaling, softcap, dropout):
+    scores = (
+        torch.tanh((q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling) / softcap) * softcap
+    )
+    if mask is None and causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+AttentionInterface.register(NAME, varlen_attention)

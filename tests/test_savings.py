@@ -1,0 +1,270 @@
+"""Mode "packed", pruning and half precision: alone and together the same logits and gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from transformers import AutoModel, AutoTokenizer
+
+from ptuning_fast import FastPTuning, varlen
+from ptuning_fast.docstrings import stdlib_docstrings
+from ptuning_fast.pruning import prunable
+from ptuning_fast.reference import ReferencePTuning
+
+PACKABLE = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "ALBERT", "ModernBERT", "GPT-2", "OPT", "Llama"]
+PACKABLE += ["Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3"]
+DECODERS = PACKABLE[PACKABLE.index("GPT-2") :]
+PRUNABLE = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "DeBERTa-v2"]
+
+
+def base(name):
+    model = zoo.build(name)
+    return model if model.base_model is model else model.base_model
+
+
+def build(name, **options):
+    torch.manual_seed(3)
+    model = base(name)
+    if "pooling" not in options:
+        options["pooling"] = "last" if name in DECODERS else "first"
+    fast = FastPTuning(
+        model, zoo.M, 3, init=torch.randn(zoo.M, model.get_input_embeddings().weight.shape[1]), **options
+    )
+    return fast.train()
+
+
+def logits_and_gradients(fast, ids, mask):
+    logits = fast(ids, mask)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+    return logits, *torch.autograd.grad((logits * weight).sum(), [fast.prompt_embeddings, fast.classifier.weight])
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected):
+        assert (one - other).abs().max() <= zoo.TOLERANCE * max(1, other.abs().max())
+
+
+@pytest.fixture(autouse=True)
+def no_dropout(monkeypatch):
+    """In train mode, so that what training does is what is compared; without its random numbers."""
+    build_with_dropout = zoo.build
+
+    def without(name, class_name=None, **settings):
+        model = build_with_dropout(name, class_name, **settings)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for key in ("attention_dropout", "dropout", "dropout_prob", "activation_dropout"):
+                if isinstance(getattr(module, key, None), float):
+                    setattr(module, key, 0.0)
+        return model
+
+    monkeypatch.setattr(zoo, "build", without)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", ["first", "cls", "mean", "last"])
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed(name, pooling, side):
+    """Against each text alone, in mode "prepend", where there is no padding to be told apart."""
+    if name in DECODERS and pooling in ("first", "cls"):
+        with pytest.raises(ValueError, match="causal"):
+            build(name, pooling=pooling)
+        return
+    packed, plain = build(name, mode="packed", pooling=pooling), build(name, pooling=pooling)
+    ids, mask = zoo.padded(zoo.texts(), side)
+    actual = logits_and_gradients(packed, ids, mask)
+    logits = torch.cat([plain(text[None]) for text in zoo.texts()])
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+    gradients = torch.autograd.grad((logits * weight).sum(), [plain.prompt_embeddings, plain.classifier.weight])
+    assert_same(actual, (logits, *gradients))
+    assert packed.prune == (name in PRUNABLE and pooling != "mean")
+
+
+def test_packed_without_a_mask_and_with_types():
+    packed, plain = build("BERT", mode="packed"), build("BERT")
+    ids = torch.randint(3, zoo.V, (3, 7))
+    assert_same([packed(ids)], [plain(ids)])
+    types, mask = ids % 2, torch.ones_like(ids)
+    assert_same([packed(ids, mask, types)], [plain(ids, mask, types)])
+    assert (packed(ids, mask, types) - packed(ids, mask)).abs().max() > 100 * zoo.TOLERANCE
+    assert_same([packed(ids[:1], mask[:1])], [plain(ids[:1], mask[:1])])
+
+
+@pytest.mark.parametrize("pooling", ["first", "cls", "last", "mean"])
+def test_texts_without_tokens(pooling):
+    packed = build("BERT", mode="packed", pooling=pooling)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    expected = packed(ids, mask)
+    mask[2] = 0
+    logits = packed(ids, mask)
+    assert logits.isfinite().all()
+    assert_same([logits[[0, 1, 3]]], [expected[[0, 1, 3]]])
+
+
+@pytest.mark.parametrize("pooling", ["first", "cls", "last"])
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_pruned(name, pooling):
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    pruned, plain = build(name, prune=True, pooling=pooling), build(name, pooling=pooling)
+    assert pruned.prune and not plain.prune
+    assert_same(logits_and_gradients(pruned, ids, mask), logits_and_gradients(plain, ids, mask))
+    rows = []
+    last = pruned.bert.register_forward_hook(lambda module, args, out: rows.append(out.last_hidden_state.shape[1]))
+    pruned(ids, mask)
+    assert rows == [1]
+    last.remove()
+
+
+def test_what_is_not_recognised_runs_in_full():
+    for name in set(zoo.ZOO) - set(PRUNABLE) - {"T5", "BART"}:
+        assert not prunable(base(name))
+    assert not build("ALBERT", prune=True).prune
+    assert not build("BERT", prune=True, pooling="mean").prune
+
+
+def test_a_changed_architecture_is_not_pruned():
+    """The trial finds out what the name does not say: here a layer that mixes the rows behind the attention."""
+    model = base("BERT")
+    assert prunable(model)
+    model.encoder.layer[-1].output.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+    assert not prunable(model)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+@pytest.mark.parametrize("name", ["BERT", "DistilBERT", "GPT-2", "Llama"])
+def test_half_precision_is_autocasts(name, mode):
+    """Linear layers stored in bf16 give the bits that autocast's casts of fp32 weights give."""
+    options = {"mode": mode, "prune": False}
+    half, whole = build(name, precision="bf16", **options), build(name, **options)
+    linears = [module for module in half.bert.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(module.weight.dtype == torch.bfloat16 for module in linears)
+    assert half.prompt_embeddings.dtype == half.classifier.weight.dtype == torch.float32
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = whole._encode(*inputs_of(whole, ids, mask))
+    assert torch.equal(half._encode(*inputs_of(half, ids, mask)), hidden)
+    gradient = logits_and_gradients(half, ids, mask)[1]
+    pooled = whole._pool(hidden, *inputs_of(whole, ids, mask))
+    logits = F.linear(pooled.float(), whole.classifier.weight, whole.classifier.bias)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+    (expected,) = torch.autograd.grad((logits * weight).sum(), whole.prompt_embeddings)
+    assert torch.equal(gradient, expected)
+
+
+def inputs_of(fast, ids, mask):
+    """What `_encode` and `_pool` are given in forward."""
+    seen = []
+    encode = fast._encode
+    fast._encode = lambda *args: seen.append(args) or encode(*args)
+    try:
+        fast(ids, mask)
+    finally:
+        del fast._encode
+    return seen[0]
+
+
+def test_loss_curves(minilm):
+    """Real weights, real text, the reference padded: the same losses, step by step, with all exact savings at once."""
+    encoder = AutoModel.from_pretrained(minilm, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    texts, labels = stdlib_docstrings()
+    names = sorted(set(labels))
+    losses = []
+    for mode in ("reference", "packed"):
+        torch.manual_seed(0)
+        if mode == "reference":
+            module = ReferencePTuning(encoder, 8, len(names)).train()
+        else:
+            module = FastPTuning(encoder, 8, len(names), mode="packed").train()
+            assert module.prune
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=5e-3)
+        losses.append([])
+        for step in range(6):
+            rows = range(step * 97, step * 97 + 64, 8)
+            batch = tokenizer(
+                [texts[row] for row in rows], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            )
+            logits = module(batch["input_ids"], batch["attention_mask"])
+            loss = F.cross_entropy(logits, torch.tensor([names.index(labels[row]) for row in rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][0] != losses[0][-1]
+    # Roundings of another order, through six steps of AdamW, which divides by the size of a gradient.
+    assert max(abs(one - other) for one, other in zip(*losses)) < 1e-4
+
+
+def test_dropout(monkeypatch):
+    """The attention's own dropout is handed on in training, and is off in eval mode."""
+    monkeypatch.undo()  # with dropout, as built
+    seen = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["dropout_p"]) or attention(*a, **k)
+    )
+    fast = FastPTuning(zoo.build("BERT", attention_probs_dropout_prob=0.25), 3, 2, mode="packed").train()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    seen.clear()
+    fast(ids, mask)
+    assert set(seen) == {0.25}
+    seen.clear()
+    fast.eval()(ids, mask)
+    assert set(seen) == {0.0}
+    assert len(seen) == 3 * len(ids)
+
+
+def test_the_attention_is_put_back():
+    fast = build("BERT", mode="packed")
+    before = fast.bert.config._attn_implementation
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    fast(ids, mask)
+    assert fast.bert.config._attn_implementation == before
+    with pytest.raises(IndexError):
+        fast(ids + zoo.V, mask)
+    assert fast.bert.config._attn_implementation == before
+    assert not fast.bert._forward_pre_hooks
+    # The encoder can be used by others in between.
+    assert_same([build("BERT")(ids, mask)], [fast(ids, mask)])
+
+
+def test_layers_that_compute_attention_by_themselves():
+    fast = build("BERT", mode="packed", prune=False)
+    layer = fast.bert.encoder.layer[1].attention
+    layer.forward = lambda hidden, *args, **kwargs: (hidden, None)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with pytest.raises(RuntimeError, match="2 of the 3 layers"):
+        fast(ids, mask)
+
+
+def test_refusals():
+    for name in ("DeBERTa-v2", "MPNet", "Bloom"):
+        with pytest.raises(TypeError, match=r"computes its attention by itself.*mode='prepend'"):
+            build(name, mode="packed", pooling="mean")
+    with pytest.raises(TypeError, match="mode='prepend'"):
+        FastPTuning(zoo.build("T5", "T5EncoderModel"), 3, mode="packed", pooling="mean")
+    with pytest.raises(ValueError, match="one row at least"):
+        FastPTuning(base("BERT"), 0, mode="packed")
+    with pytest.raises(ValueError, match="precision must be None, 'bf16' or 'fp16'; it is 'int8'"):
+        FastPTuning(base("BERT"), 3, precision="int8")
+    for options in ({"mode": "packed"}, {"prune": True}):
+        fast = build("BERT", **options)
+        fast.gradient_checkpointing_enable()
+        ids, mask = zoo.padded(zoo.texts(), "right")
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            fast(ids, mask)
+
+
+def test_files_and_copies(tmp_path):
+    fast = build("BERT", mode="packed").eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    fast.save_pretrained(tmp_path)
+    loaded = FastPTuning.from_pretrained(tmp_path, base("BERT"))
+    assert (loaded.mode, loaded.prune) == ("packed", True)
+    assert torch.equal(loaded(ids, mask), fast(ids, mask))
+    assert torch.equal(copy.deepcopy(fast)(ids, mask), fast(ids, mask))
+    assert "mode='packed', prune=True, precision=None" in repr(fast)
+    assert varlen.NAME not in repr(fast.bert.config)
