@@ -80,11 +80,12 @@ def measure(benchmark, config, run, fast, *, copied=0, least_rounds=None):
         benchmark.pedantic(counted, setup=before, teardown=after)
         return
     start = time.perf_counter()
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP if least_rounds is None else 2):
         (number,), _ = before()
         counted(number)
         after(number)
-    a_round = (time.perf_counter() - start) / WARM_UP
+    a_round = (time.perf_counter() - start) / next(turn)
+    turn = iter(range(10**9))
     for times in seconds.values():
         times.clear()
     wanted = int(float(config.getoption("benchmark_max_time")) / a_round)

@@ -52,9 +52,8 @@ def tables(infos):
             if found:
                 out.append((f"Stage, {direction}, {kind}: how many times as long as {OURS}", _ratios(found, figure)))
     steps = [info for info in infos if info["benchmark"] == "training step"]
-    for encoder, precision in dict.fromkeys((info["shape"], info["dtype"]) for info in steps):
-        cases = [info for info in steps if (info["shape"], info["dtype"]) == (encoder, precision)]
-        out.append((f"Training step, {encoder}, {precision}", _steps(cases)))
+    for encoder in dict.fromkeys(info["shape"] for info in steps):
+        out.append((f"Training step, {encoder}", _steps([info for info in steps if info["shape"] == encoder])))
     return out
 
 

@@ -12,12 +12,10 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 
 from ptuning_fast import FastPTuning
-from ptuning_fast.classifier import MODES
 from ptuning_fast.reference import ReferencePTuning
 
 GPU = DEVICE.type == "cuda"
 ENCODERS = ("bert-base",) if GPU else ("minilm",)
-PRECISIONS = ("fp32", "bf16-autocast") if GPU else ("fp32",)
 PROMPT_LENGTH, NUM_LABELS, BATCH_SIZE, MAX_LENGTH = 16, 8, 32, 128
 ROUNDS = 6  # at least; a step takes seconds on a CPU
 
@@ -55,16 +53,27 @@ def peft(encoder):
     return PeftPTuning(copy.copy(encoder))
 
 
-def fast(mode):
-    return lambda encoder: FastPTuning(encoder, PROMPT_LENGTH, NUM_LABELS, mode=mode)
+def fast(**options):
+    def build(encoder):
+        # Precision is stored in the encoder, which the others use as it is.
+        encoder = copy.deepcopy(encoder) if "precision" in options else encoder
+        return FastPTuning(encoder, PROMPT_LENGTH, NUM_LABELS, **options)
+
+    return build
 
 
 OURS = "ptuning-fast, prepend"
+AUTOCAST = "torch.cat, bf16 autocast"
 IMPLEMENTATIONS = {
     "torch.cat": reference,
     "torch.compile": compiled,
     "PEFT": peft,
-    **{f"ptuning-fast, {mode}": fast(mode) for mode in MODES},
+    AUTOCAST: reference,
+    OURS: fast(),
+    "ptuning-fast, pruned": fast(prune=True),
+    "ptuning-fast, packed": fast(mode="packed", prune=False),
+    "ptuning-fast, packed and pruned": fast(mode="packed"),
+    "ptuning-fast, packed, pruned, bf16 weights": fast(mode="packed", precision="bf16"),
 }
 
 
@@ -87,15 +96,14 @@ def batches():
     return [tuple(tensor.to(DEVICE) for tensor in batch) for batch in docstring_batches(8, BATCH_SIZE, MAX_LENGTH)]
 
 
-def stepper(module, precision):
+def stepper(module, name):
     """A function of a batch that makes one training step and returns its loss."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-3)
-    autocast = torch.autocast(DEVICE.type, torch.bfloat16) if precision == "bf16-autocast" else contextlib.nullcontext()
 
     def step(input_ids, attention_mask, labels):
         optimizer.zero_grad()
-        with autocast:
+        with precision_of(name):
             loss = F.cross_entropy(module(input_ids, attention_mask).float(), labels)
         loss.backward()
         optimizer.step()
@@ -104,9 +112,12 @@ def stepper(module, precision):
     return step
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+def precision_of(name):
+    return torch.autocast(DEVICE.type, torch.bfloat16) if name == AUTOCAST else contextlib.nullcontext()
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_training_step(benchmark, request, encoder, batches, precision, name):
+def test_training_step(benchmark, request, encoder, batches, name):
     shape, model = encoder
 
     def build(implementation):
@@ -121,13 +132,13 @@ def test_training_step(benchmark, request, encoder, batches, precision, name):
     head = nn.Linear(model.config.hidden_size, NUM_LABELS)
     start = {"prompt_embeddings": torch.randn(PROMPT_LENGTH, model.config.hidden_size), **head.state_dict()}
     module = build(IMPLEMENTATIONS[name])
-    match = check(module, build(reference), batches[0], precision)
-    run, ours = stepper(module, precision), stepper(build(IMPLEMENTATIONS[OURS]), precision)
+    match = check(module, build(reference), batches[0], name)
+    run, ours = stepper(module, name), stepper(build(IMPLEMENTATIONS[OURS]), OURS)
     if not benchmark.disabled:
         for batch in {batch[0].shape: batch for batch in batches}.values():  # torch.compile compiles for new shapes
             run(*batch)
 
-    benchmark.group = f"training step, {shape} {precision}"
+    benchmark.group = f"training step, {shape}"
     padded = sum(mask.numel() + PROMPT_LENGTH * BATCH_SIZE for _, mask, _ in batches)
     real = sum(mask.sum().item() + PROMPT_LENGTH * BATCH_SIZE for _, mask, _ in batches)
     benchmark.extra_info |= {
@@ -135,7 +146,7 @@ def test_training_step(benchmark, request, encoder, batches, precision, name):
         "implementation": name,
         "shape": shape,
         "sizes": {"B": BATCH_SIZE, "n": f"<= {MAX_LENGTH}", "m": PROMPT_LENGTH, "d": model.config.hidden_size},
-        "dtype": precision,
+        "dtype": "bf16" if "bf16" in name else "fp32",
         "direction": "step",
         "match": match,
         "rows_padded": padded / len(batches) / BATCH_SIZE,
@@ -151,19 +162,18 @@ def test_training_step(benchmark, request, encoder, batches, precision, name):
         benchmark.extra_info["examples_per_s"] = 1e6 * BATCH_SIZE / benchmark.extra_info["wall_us"][1]
 
 
-def check(module, expected, batch, precision):
+def check(module, expected, batch, name):
     """How the first step's loss and gradients compare with the reference's; AssertionError where they are others."""
     results = []
     for one in (module, expected):
-        autocast = precision == "bf16-autocast"
-        with torch.autocast(DEVICE.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+        with precision_of(name if one is module else None):
             loss = F.cross_entropy(one(*batch[:2]).float(), batch[2])
         trained = (one.prompt_embeddings, one.classifier.weight, one.classifier.bias)
         results.append((loss.detach(), *torch.autograd.grad(loss, trained)))
-    # Twelve layers of rounding, each of a few units of fp32 or of bf16, relative to the largest gradient.
-    budget = 100 * torch.finfo(torch.float32 if precision == "fp32" else torch.bfloat16).eps
-    errors = []
-    for actual, truth in zip(*results):
-        errors.append(((actual - truth).abs().max() / truth.abs().max().clamp(min=1e-12)).item())
-        assert errors[-1] <= budget
+    # Some layers of rounding, of a few units each of fp32, or of bf16, relative to the largest gradient.
+    budget = 30 * torch.finfo(torch.bfloat16).eps if "bf16" in name else 100 * torch.finfo(torch.float32).eps
+    errors = [
+        ((actual - truth).abs().max() / truth.abs().max().clamp(min=1e-12)).item() for actual, truth in zip(*results)
+    ]
+    assert max(errors) <= budget, errors
     return "equal" if not any(errors) else f"loss within {errors[0]:.1g}, gradients within {max(errors[1:]):.1g}"

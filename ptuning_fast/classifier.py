@@ -156,11 +156,35 @@ class FastPTuning(nn.Module):
         self._serving.check_room(self.prompt_length, input_ids.shape[-1])
         if "token_type_ids" not in self._serving.takes:
             token_type_ids = None
-        packed = self.mode == "packed"
-        options = {"packed": True, "position_start": self._serving.position_start} if packed else {}
-        if not packed and not self._as_reference:
-            options = {"adjacent": True, "position_start": self._serving.positions_from(attention_mask)}
-        inputs = embedding.prepend(
+        tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        order = None
+        if self.mode == "packed" and attention_mask is not None:
+            # Sequences of one length side by side share one attention call.
+            order = (attention_mask != 0).sum(1).argsort()
+            tokens = {key: None if value is None else value[order] for key, value in tokens.items()}
+        try:
+            inputs = self._prepend(**tokens)
+        except IndexError:
+            self._prepend(input_ids, attention_mask, token_type_ids)  # the same error, with the caller's row
+            raise
+        input_ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
+        if "position_ids" not in self._serving.takes:
+            inputs.pop("position_ids", None)
+        pooled = self._pool(self._encode(inputs, input_ids, attention_mask), inputs, input_ids, attention_mask)
+        if order is not None:
+            pooled = pooled[order.argsort()]
+        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        if labels is None:
+            return logits
+        return SequenceClassifierOutput(loss=_loss(logits, labels), logits=logits)
+
+    def _prepend(self, input_ids, attention_mask, token_type_ids):
+        serving, options = self._serving, {}
+        if self.mode == "packed":
+            options = {"packed": True, "position_start": serving.position_start}
+        elif not self._as_reference:
+            options = {"adjacent": True, "position_start": serving.positions_from(attention_mask)}
+        return embedding.prepend(
             self.bert.get_input_embeddings(),
             input_ids,
             attention_mask,
@@ -168,13 +192,6 @@ class FastPTuning(nn.Module):
             token_type_ids=token_type_ids,
             **options,
         )
-        if "position_ids" not in self._serving.takes:
-            inputs.pop("position_ids", None)
-        pooled = self._pool(self._encode(inputs, input_ids, attention_mask), inputs, input_ids, attention_mask)
-        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
-        if labels is None:
-            return logits
-        return SequenceClassifierOutput(loss=_loss(logits, labels), logits=logits)
 
     def _encode(self, inputs, input_ids, attention_mask):
         """The last hidden state: all rows, [B, S, d] or packed [1, T, d], or with `prune` the pooled ones."""

@@ -4,7 +4,7 @@ query, key, value [1, heads, T, head size]  ──  split at cu_seq_lens  ──
 """
 
 import contextlib
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -81,28 +81,38 @@ def varlen_attention(
     """An attention function of transformers; `calls` counts the layers that came here."""
     calls.count += 1
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    ends = cu_seq_lens_q.tolist()
-    lengths = [end - start for start, end in pairwise(ends)]
-    gqa = query.shape[1] != key.shape[1]
-    if softcap is not None and gqa:
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()  # torch's gradient in half is 5 times as slow
+    if softcap is not None:
         key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], 1) for one in (key, value))
+    groups = _groups(cu_seq_lens_q.tolist())
     out = []
-    # split, not slices: its gradient is one concatenation.
-    for q, k, v in zip(*(one.split(lengths, 2) for one in (query, key, value))):
-        mask = _window(q.shape[2], sliding_window, causal, q.device)
-        if softcap is not None:
-            rows = _softcapped(q, k, v, mask, causal, scaling, softcap, dropout)
-        else:
-            rows = F.scaled_dot_product_attention(
-                *(q, k, v),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=causal and mask is None,
-                scale=scaling,
-                enable_gqa=gqa,
-            )
-        out.append(rows.transpose(1, 2))
-    return torch.cat(out, 1), None
+    # Split, not sliced, and along the rows as they lie in memory: the gradient is then one concatenation.
+    parts = [one.transpose(1, 2).split([g * n for g, n in groups], 1) for one in (query, key, value)]
+    with torch.autocast(query.device.type, enabled=False):
+        for (g, n), *rows in zip(groups, *parts):
+            q, k, v = (one.view(g, n, *one.shape[2:]).transpose(1, 2) for one in rows)
+            mask = _window(n, sliding_window, causal, q.device)
+            if softcap is not None:
+                seen = _softcapped(q, k, v, mask, causal, scaling, softcap, dropout)
+            else:
+                seen = F.scaled_dot_product_attention(
+                    *(q, k, v),
+                    attn_mask=mask,
+                    dropout_p=dropout,
+                    is_causal=causal and mask is None,
+                    scale=scaling,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            out.append(seen.transpose(1, 2).reshape(1, g * n, *seen.shape[1::2]))
+    return torch.cat(out, 1).to(dtype), None
+
+
+def _groups(ends):
+    """(g, n) for g sequences of n rows, one behind the other: those of one length need no padding among themselves."""
+    lengths = [end - start for start, end in pairwise(ends)]
+    return [(len(list(same)), n) for n, same in groupby(lengths) if n]
 
 
 def _window(n, sliding_window, causal, device):

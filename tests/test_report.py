@@ -97,7 +97,7 @@ def test_steps(report):
         return info | {"times_fast": ratio, "examples_per_s": 10.0, "peak_mib": 7.0, "match": "equal"}
 
     ((title, (head, plain, other)),) = report.tables([case("torch.cat", [2, 3, 4]), case("x", [1.0, 1.5, 2.0])])
-    assert title == "Training step, e, fp32"
+    assert title == "Training step, e"
     assert dict(zip(head, plain))["times as fast as torch.cat"] == "1"
     assert dict(zip(head, other))["times as fast as torch.cat"] == "2.00 (1.50 to 3.00)"
 

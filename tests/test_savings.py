@@ -142,7 +142,7 @@ def test_half_precision_is_autocasts(name, mode):
     linears = [module for module in half.bert.modules() if isinstance(module, torch.nn.Linear)]
     assert all(module.weight.dtype == torch.bfloat16 for module in linears)
     assert half.prompt_embeddings.dtype == half.classifier.weight.dtype == torch.float32
-    ids, mask = zoo.padded(zoo.texts(), "right")
+    ids, mask = zoo.padded(zoo.texts(sorted(zoo.TEXTS)), "right")  # in the order in which they are packed
     with torch.autocast("cpu", torch.bfloat16):
         hidden = whole._encode(*inputs_of(whole, ids, mask))
     assert torch.equal(half._encode(*inputs_of(half, ids, mask)), hidden)
@@ -223,8 +223,10 @@ def test_the_attention_is_put_back():
     ids, mask = zoo.padded(zoo.texts(), "right")
     fast(ids, mask)
     assert fast.bert.config._attn_implementation == before
-    with pytest.raises(IndexError):
-        fast(ids + zoo.V, mask)
+    wrong = ids.clone()
+    wrong[1, 2] = zoo.V
+    with pytest.raises(IndexError, match=r"input_ids\[1, 2\] is 99"):
+        fast(wrong, mask)
     assert fast.bert.config._attn_implementation == before
     assert not fast.bert._forward_pre_hooks
     # The encoder can be used by others in between.
