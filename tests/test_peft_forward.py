@@ -516,13 +516,25 @@ def test_fix_of_odd_batches(name):
 
 
 def test_an_embedding_with_hooks_is_called():
-    """Gradient checkpointing puts a hook on it; the results stay PEFT's, with one warning."""
+    """A hook that changes the rows; the results stay PEFT's, with one warning."""
     model, given = build("Llama"), batch("Llama")
-    model.enable_input_require_grads()
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
     before = run(model, given)
     with pytest.warns(UserWarning, match="is called, not read by the fused kernel: it has hooks"):
         during = run(accelerate(model), given)
     assert_same(before, during)
+
+
+def test_gradient_checkpointings_hook_is_no_obstacle(calls):
+    """It makes the rows require grad, as those behind a trainable prompt do anyway."""
+    model, given = build("Llama"), batch("Llama")
+    model.enable_input_require_grads()
+    before = run(model, given)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fused kernel.*")
+        during = run(accelerate(model), given)
+    assert_same(before, during)
+    assert len(calls) == 1
 
 
 def test_ids_and_shapes_are_checked_by_the_op():
