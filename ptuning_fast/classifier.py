@@ -1,6 +1,6 @@
 """FastPTuning: the drop-in for the torch.cat module, a frozen model with a prompt in front and a linear head."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -200,13 +200,22 @@ class FastPTuning(nn.Module):
                 "gradient checkpointing computes layers again when mode='packed' and prune are no longer in force: "
                 "take mode='prepend' with prune=False, or do without it"
             )
+        if self.mode == "packed" or self.prune:
+            return self._encode_with_savings(inputs, input_ids, attention_mask)
+        with self._precision(input_ids.device):
+            return self.bert(**inputs).last_hidden_state
+
+    def _precision(self, device):
+        return nullcontext() if self.precision is None else torch.autocast(device.type, DTYPES[self.precision])
+
+    @torch.compiler.disable  # hooks and a change of attention for one call are nothing to trace through
+    def _encode_with_savings(self, inputs, input_ids, attention_mask):
         with ExitStack() as savings:
             if self.mode == "packed":
                 savings.enter_context(packed_attention(self.bert))
             if self.prune:
                 savings.enter_context(pooled_rows_only(self.bert, self._columns(inputs, input_ids, attention_mask)))
-            if self.precision is not None:
-                savings.enter_context(torch.autocast(input_ids.device.type, DTYPES[self.precision]))
+            savings.enter_context(self._precision(input_ids.device))
             return self.bert(**inputs).last_hidden_state
 
     def _columns(self, inputs, input_ids, attention_mask):
@@ -262,6 +271,7 @@ class FastPTuning(nn.Module):
         """
         settings = {
             "base_model_name_or_path": self.base_model,
+            "model_type": self.bert.config.model_type,
             "prompt_length": self.prompt_length,
             "num_labels": self.num_labels,
             "pooling": self.pooling,
@@ -297,6 +307,9 @@ class FastPTuning(nn.Module):
         torch.random.set_rng_state(rng)
         if model_name is not None and not isinstance(model_name, nn.Module):
             model.base_model = _base_model(model_name)
+        kinds = settings.get("model_type", model.bert.config.model_type), model.bert.config.model_type
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"the adapter in {folder} was trained on a {kinds[0]} ({name}), and this is a {kinds[1]}")
         own = dict(model.named_parameters())
         for key in ("prompt_embeddings", "classifier.weight", "classifier.bias"):
             if key not in tensors or tensors[key].shape != own[key].shape:

@@ -1,5 +1,7 @@
 """What the rows of a prompt start as."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +36,8 @@ def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokeni
     else:
         from transformers import AutoTokenizer
 
-        if isinstance(tokenizer, str):
-            if not tokenizer:
+        if isinstance(tokenizer, (str, Path)):
+            if not str(tokenizer):
                 raise ValueError("a text as init needs the model's tokenizer, and the model does not name it: give one")
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         ids = torch.tensor(tokenizer(init, add_special_tokens=False)["input_ids"], dtype=torch.int64)

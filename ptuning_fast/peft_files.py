@@ -58,6 +58,7 @@ def peft_config(model: nn.Module, base_model: str, length: int, d: int) -> dict:
         "prompt_tuning_init_text": None,
         "tokenizer_name_or_path": None,
         "tokenizer_kwargs": None,
+        "model_type": model.config.model_type,  # kept in the files' headers alone: PEFT does not know it
     }
 
 
@@ -84,9 +85,12 @@ def save(folder: str | Path, rows: Tensor, head: dict[str, Tensor], config: dict
     if resume is not None:
         _save_resume(folder, *resume, belongs_to=hashlib.sha256(weights).hexdigest())
     adapter.replace(folder / adapter.WEIGHTS, weights)
+    config = {key: value for key, value in config.items() if key != "model_type"}
     adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
     if resume is None:
-        (folder / RESUME).unlink(missing_ok=True)
+        if (folder / RESUME).is_file():
+            _remove_bank(folder, 0)
+            (folder / RESUME).unlink()
     else:  # no crash came in between: what was there before has no claim any more
         _save_resume(folder, *resume, belongs_to=_digest(folder / adapter.WEIGHTS))
 
@@ -100,8 +104,13 @@ def save_bank(folder: str | Path, rows: Tensor, head: dict[str, Tensor], config:
         (folder / name).unlink(missing_ok=True)
     for place, prompt in enumerate(rows):
         save(folder / str(place), prompt, head, config)
-    for old in folder.iterdir():  # of a larger bank that was here before
-        if old.name.isdecimal() and int(old.name) >= len(rows) and (old / adapter.WEIGHTS).is_file():
+    _remove_bank(folder, len(rows))
+
+
+def _remove_bank(folder, first):
+    """The prompts from number `first` on of a bank that was saved here before."""
+    for old in folder.iterdir():
+        if old.name.isdecimal() and int(old.name) >= first and (old / adapter.WEIGHTS).is_file():
             shutil.rmtree(old)
 
 

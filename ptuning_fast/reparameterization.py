@@ -41,13 +41,26 @@ class PromptEncoder(nn.Module):
 
     def forward(self, parameters: Tensor) -> Tensor:
         """The prompt. In eval mode without gradients it is computed once, until something is trained or loaded."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(parameters.device.type):
             return self._encode(parameters)
         sources = (parameters, *self.parameters())
         state = [(id(source), source.data_ptr(), source._version) for source in sources]
         if self._cached is None or self._cached[0] != state:
             self._cached = state, self._encode(parameters)
         return self._cached[1]
+
+    @torch.no_grad()
+    def without_dropout(self, parameters: Tensor) -> Tensor:
+        """The prompt as eval mode gives it, in whichever mode this is."""
+        training = self.training
+        try:
+            return self.eval()._encode(parameters)
+        finally:
+            self.train(training)
+
+    def train(self, mode: bool = True):
+        self._cached = None  # weights may be changed through .data, which leaves no trace
+        return super().train(mode)
 
     def _encode(self, parameters):
         x = parameters if self.lstm_head is None else self.lstm_head(parameters)[0]

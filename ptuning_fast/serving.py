@@ -25,6 +25,7 @@ class Serving:
     """
 
     def __init__(self, model: nn.Module):
+        model = _unwrapped(model)
         _refuse(model)
         self.name = type(model).__name__
         self.takes = frozenset(inspect.signature(model.forward).parameters)
@@ -75,6 +76,12 @@ def is_causal(model: nn.Module) -> bool:
     finally:
         model.train(was_training)
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
+
+
+def _unwrapped(model):
+    """The transformers model inside what torch.compile or PEFT (LoRA and the like) put around it."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _refuse(model):

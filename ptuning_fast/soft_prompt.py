@@ -138,7 +138,10 @@ class SoftPrompt(nn.Module):
 
         What PEFT's files cannot hold (an encoder, a bank) stands beside them, so that training can go on from here.
         """
-        rows = self.embeddings().detach()
+        with torch.no_grad():
+            rows = (
+                self.prompt_embeddings if self.encoder is None else self.encoder.without_dropout(self.prompt_embeddings)
+            )
         config = peft_files.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
         head = peft_files.head_of(self.model, config["task_type"])
         settings = {
@@ -180,6 +183,9 @@ class SoftPrompt(nn.Module):
                 f"the prompt in {folder} was trained on {theirs}, and this is {ours}: "
                 "load that model, or say any_base=True"
             )
+        kind = config.get("model_type", model.config.model_type)
+        if kind != model.config.model_type:
+            raise ValueError(f"the prompt in {folder} was trained on a {kind}, and this is a {model.config.model_type}")
         _load_head(model, head, folder)
         options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
         kind = (settings.get("encoder") or {}).get("kind")
@@ -195,9 +201,10 @@ class SoftPrompt(nn.Module):
         return f"length={self.length}{prompts}, model={type(self.model).__name__}"
 
     def __deepcopy__(self, memo):
-        memo[id(self.model)] = self.model  # a copy of the prompt is a prompt for the same model
+        # A prompt for the same model, or, copied as part of something that holds both, for the model's copy.
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        rest = {key: value for key, value in self.__dict__.items() if key != "model"}
+        copied.__dict__.update(copy.deepcopy(rest, memo), model=memo.get(id(self.model), self.model))
         return copied
 
 

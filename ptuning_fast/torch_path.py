@@ -69,17 +69,18 @@ def forward(
 
     # The prompt's columns look up id 0, to be written over.
     ids = lay(input_ids, 0).reshape(-1)
-    inputs_embeds = torch.empty(len(ids), d, dtype=weight.dtype, device=weight.device)
+    # In its own shape, not as a view of another: autograd lets only such a result be changed in place.
+    shape = (1, len(ids)) if packed else (B, m + n)
+    inputs_embeds = torch.empty(*shape, d, dtype=weight.dtype, device=weight.device)
+    rows = inputs_embeds.view(-1, d)
     if n or not m:
-        _look_up(weight, ids, inputs_embeds)
+        _look_up(weight, ids, rows)
     if embed_scale != 1.0:
-        inputs_embeds.mul_(embed_scale)
+        rows.mul_(embed_scale)
     if start is None:
-        inputs_embeds = inputs_embeds.view(B, m + n, d)
         inputs_embeds[:, :m] = prompt
     else:
-        inputs_embeds[_prompt_rows(start, m, 0 if packed else m + n)] = prompt.to(weight.dtype)
-        inputs_embeds = inputs_embeds[None] if packed else inputs_embeds.view(B, m + n, d)
+        rows[_prompt_rows(start, m, 0 if packed else m + n)] = prompt.to(weight.dtype)
     return inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, start, max_length
 
 

@@ -19,6 +19,8 @@ NAME = "ptuning_fast_varlen"
 def check_packable(model: nn.Module) -> None:
     """TypeError for a model whose attention cannot be given a packed batch, with the reason.
 
+    (What shows only in the arguments of an attention call, such as attention sinks, is refused there.)
+
     Such are models that do not go through transformers' AttentionInterface, most of them because they add a bias of
     their own to the scores: ALiBi (Bloom), relative positions (T5, DeBERTa, MPNet).
     """
@@ -28,6 +30,10 @@ def check_packable(model: nn.Module) -> None:
             f"{name} computes its attention by itself (biases on the scores, or an encoder-decoder), so it cannot be "
             "given a packed batch: take mode='prepend'"
         )
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        others = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
+        raise TypeError(f"{name} has layers of {others}, which packed batches are not served with: take mode='prepend'")
 
 
 @contextlib.contextmanager
@@ -79,6 +85,12 @@ def varlen_attention(
     **kwargs,
 ):
     """An attention function of transformers; `calls` counts the layers that came here."""
+    unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and value is not None]
+    if unknown:
+        raise TypeError(
+            f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed batches are not "
+            "served with: take mode='prepend'"
+        )
     calls.count += 1
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     dtype = query.dtype
@@ -107,6 +119,11 @@ def varlen_attention(
                 )
             out.append(seen.transpose(1, 2).reshape(1, g * n, *seen.shape[1::2]))
     return torch.cat(out, 1).to(dtype), None
+
+
+# What models hand to every attention function and what changes nothing here.
+_HARMLESS = {"cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "use_cache", "deterministic"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "cache_position"}
 
 
 def _groups(ends):

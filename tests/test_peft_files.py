@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 
-from ptuning_fast import SoftPrompt, adapter
+from ptuning_fast import FastPTuning, SoftPrompt, adapter
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 
@@ -148,6 +148,7 @@ def test_bank(tmp_path):
         assert_same_outputs(single, theirs, "CAUSAL_LM")
     SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
     assert SoftPrompt.from_pretrained(model, tmp_path).num_prompts is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == [adapter.CONFIG, adapter.WEIGHTS]
 
 
 KINDS = {"plain": {}, "encoder": {"encoder": "mlp"}, "bank": {"num_prompts": 2}}
@@ -195,7 +196,7 @@ def test_killed_while_it_writes(tmp_path):
 import os, sys
 sys.path.insert(0, {str(zoo.Path(zoo.__file__).parent)!r})
 import torch, zoo
-from ptuning_fast import SoftPrompt, adapter
+from ptuning_fast import FastPTuning, SoftPrompt, adapter
 model = zoo.build("Llama")
 prompt = SoftPrompt(model, zoo.M, encoder="mlp")
 with torch.no_grad():
@@ -269,3 +270,23 @@ def test_another_head(tmp_path):
     with pytest.raises(ValueError, match=r"classifier.*\[2.*has \[5.*num_labels"):
         SoftPrompt.from_pretrained(model, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_saved_while_training(tmp_path):
+    """Without the dropout of the step that happens to be: what eval mode gives."""
+    prompt = SoftPrompt(zoo.build("Llama"), zoo.M, encoder="lstm", encoder_dropout=0.5).train()
+    prompt.save_pretrained(tmp_path)
+    assert prompt.encoder.training
+    rows = adapter.load(tmp_path)[0]["prompt_embeddings"]
+    assert (rows - prompt.eval().embeddings()).abs().max() <= 1e-6  # an LSTM rounds otherwise without gradients
+    assert (rows - prompt.train().embeddings()).abs().max() > 1e-3
+
+
+def test_another_kind_of_model(tmp_path):
+    """Models without a name, and of one width."""
+    SoftPrompt(zoo.build("Llama"), zoo.M).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was trained on a llama, and this is a gpt2"):
+        SoftPrompt.from_pretrained(zoo.build("GPT-2"), tmp_path)
+    FastPTuning(zoo.build("BERT"), 3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"was trained on a bert.*this is a roberta"):
+        FastPTuning.from_pretrained(tmp_path, zoo.build("RoBERTa"))

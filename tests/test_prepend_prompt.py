@@ -378,3 +378,16 @@ def test_long_rows_in_pieces(monkeypatch, layout, d):
     arguments["input_ids"][1, 3] = -1
     with pytest.raises(IndexError, match=r"input_ids\[1, 3\] is -1"):
         prepend_prompt(**arguments)
+
+
+@pytest.mark.parametrize("layout", [{}, {"adjacent": True}, {"packed": True}], ids=["plain", "adjacent", "packed"])
+def test_the_result_can_be_changed_in_place(backend, layout):
+    """Noise on inputs_embeds, as NEFTune adds it, with the gradient that it then has."""
+    arguments = to_device(case(B=3, n=70, m=2, d=768, **layout), backend)
+    prompt = arguments["prompt"].requires_grad_()
+    embeds = prepend_prompt(**arguments)["inputs_embeds"]
+    (expected,) = torch.autograd.grad(embeds.sum(), prompt)
+    embeds = prepend_prompt(**arguments)["inputs_embeds"]
+    embeds *= 2
+    (actual,) = torch.autograd.grad(embeds.sum(), prompt)
+    assert torch.equal(actual, 2 * expected)

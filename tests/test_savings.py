@@ -277,3 +277,26 @@ def test_files_and_copies(tmp_path):
     assert torch.equal(copy.deepcopy(fast)(ids, mask), fast(ids, mask))
     assert "mode='packed', prune=True, precision=None" in repr(fast)
     assert varlen.NAME not in repr(fast.bert.config)
+
+
+def test_attention_with_more_to_it():
+    """Attention sinks and chunks: seen in the call, and in the config."""
+    from transformers import GptOssConfig, GptOssModel, Llama4TextConfig, Llama4TextModel
+
+    sizes = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32, "num_local_experts": 2}
+    sinks = GptOssModel(GptOssConfig(**sizes, num_experts_per_tok=1, pad_token_id=0))
+    fast = FastPTuning(sinks, 3, pooling="last", mode="packed")
+    with pytest.raises(TypeError, match=r"asks for attention with s_aux.*mode='prepend'"):
+        fast(*zoo.padded(zoo.texts(), "right"))
+    chunks = Llama4TextModel(
+        Llama4TextConfig(**sizes, attention_chunk_size=4, intermediate_size_mlp=32, pad_token_id=0)
+    )
+    with pytest.raises(TypeError, match="has layers of chunked_attention"):
+        FastPTuning(chunks, 3, pooling="last", mode="packed")
+
+
+def test_compiled():
+    fast = build("BERT", mode="packed").eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert_same([torch.compile(fast, backend="aot_eager")(ids, mask)], [fast(ids, mask)])

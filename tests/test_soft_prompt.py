@@ -376,3 +376,45 @@ def test_arguments():
         SoftPrompt(model, 2)(ids, mode="fast")
     with pytest.raises(IndexError, match=r"input_ids\[0, 1\] is 99"):
         SoftPrompt(model, 2)(torch.tensor([[1, 99]]))
+
+
+def test_wrapped_models():
+    """What is known of a model is known of it inside PEFT's LoRA and torch.compile, too."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    model = zoo.build("Llama", CLASSIFIERS["Llama"], num_labels=3, pad_token_id=0)
+    prompt = SoftPrompt(model, zoo.M)
+    expected = model(**prompt(ids, mask)).logits
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(SoftPrompt(compiled, zoo.M, init=prompt.prompt_embeddings)(ids, mask)["inputs_embeds"],
+                       prompt(ids, mask)["inputs_embeds"])  # fmt: skip
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="SEQ_CLS"))  # which starts as the model itself
+    wrapped = SoftPrompt(adapted, zoo.M, init=prompt.prompt_embeddings)
+    assert "position_ids" in wrapped(ids, mask)
+    assert (adapted.eval()(**wrapped(ids, mask)).logits - expected).abs().max() <= zoo.TOLERANCE
+
+
+def test_copies_of_what_holds_both():
+    """The copied prompt is one for the copied model."""
+    both = torch.nn.Module()
+    both.model = zoo.build("Llama")
+    both.prompt = SoftPrompt(both.model, zoo.M)
+    copied = copy.deepcopy(both)
+    assert copied.model is not both.model
+    assert copied.prompt.model is copied.model
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert copied.bfloat16().prompt(ids, mask)["inputs_embeds"].dtype == torch.bfloat16
+
+
+def test_a_cached_prompt_does_not_outlive_training():
+    prompt = SoftPrompt(zoo.build("Llama"), 4, encoder="mlp").eval()
+    with torch.no_grad():
+        before = prompt.embeddings()
+        prompt.train()
+        for parameter in prompt.parameters():
+            parameter.data.mul_(2)  # which leaves no trace in its version
+        assert not torch.equal(prompt.eval().embeddings(), before)
+        whole = prompt.embeddings()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(prompt.embeddings(), whole)
+        assert torch.equal(prompt.embeddings(), whole)
