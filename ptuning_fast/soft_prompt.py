@@ -10,10 +10,11 @@ from . import embedding, peft_files
 from .initial import initial_prompt
 from .reparameterization import PromptEncoder
 from .serving import Serving
+from .shared import cached_rows, check_shareable
 
 __all__ = ["SoftPrompt"]
 
-MODES = ("prepend",)
+MODES = ("prepend", "shared")
 
 
 class SoftPrompt(nn.Module):
@@ -54,7 +55,7 @@ class SoftPrompt(nn.Module):
         super().__init__()
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
-        self._serving = Serving(model)
+        self._serving, self._shareable = Serving(model), False
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -92,7 +93,9 @@ class SoftPrompt(nn.Module):
             labels: one per token [B, n], which get -100 on the prompt rows; anything else (classes [B], the labels of
                 an encoder-decoder) goes to the model as it is.
             prompt_index: [B] int64 in [0, K), with `num_prompts`.
-            mode: `"prepend"`, m + n columns a row.
+            mode: `"prepend"`, m + n columns a row; `"shared"`, for one forward of a causal model without dropout: all
+                rows of the prompt but the last run once a batch, here, and the model is given them as a cache. Outputs
+                then have one column of the prompt, and `logits[:, 1:]` are those of the tokens. Not for `generate`.
 
         Returns:
             `inputs_embeds` [B, m + n, d], `attention_mask`, and what else was given or is needed. Outputs of the model
@@ -119,19 +122,41 @@ class SoftPrompt(nn.Module):
                 "labels": labels if per_token else None,
             }
         )
+        prompt, start, cache, first = self.embeddings(), serving.positions_from(attention_mask), None, self.length - 1
+        if mode == "shared" and first > 0:
+            cache = self._cached(prompt[..., :first, :], tokens, prompt_index)
+            prompt, start = prompt[..., first:, :], None if start is None else start + first
         inputs = embedding.prepend(
             self.model.get_input_embeddings(),
             tokens.pop("input_ids"),
             tokens.pop("attention_mask"),
-            prompt=self.embeddings(),
+            prompt=prompt,
             prompt_index=prompt_index,
             adjacent=True,
-            position_start=serving.positions_from(attention_mask),
+            position_start=start,
             **tokens,
         )
+        if cache is not None:
+            inputs["past_key_values"] = cache
+            if "attention_mask" in inputs:
+                mask = inputs["attention_mask"]
+                inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), first), mask], 1)
         if labels is not None and not per_token:
             inputs["labels"] = labels
         return inputs
+
+    def _cached(self, rows, tokens, prompt_index):
+        if not self._shareable:
+            check_shareable(self.model)
+            self._shareable = True
+        mask = tokens["attention_mask"]
+        windows = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if windows is not None and mask is not None and (mask[:, :1] == 0).any():
+            raise ValueError(
+                f"{type(self.model).__name__} has sliding windows, which padding between prompt and text would shift: "
+                "pad on the right (tokenizer.padding_side = 'right'), or take mode='prepend'"
+            )
+        return cached_rows(self.model, rows, len(tokens["input_ids"]), prompt_index)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prompt, and a classifier's head with it, as an adapter that `peft.PeftModel.from_pretrained` loads.

@@ -32,6 +32,7 @@ RANKS = {
     "varlen": 0,
     "serving": 1,
     "embedding": 2,
+    "shared": 2,
     "soft_prompt": 3,
     "peft_forward": 4,
     "classifier": 4,
