@@ -12,10 +12,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import adapter, embedding
 from .initial import initial_prompt
+from .packing import check_packable, packed_attention, refuse_checkpointing
 from .precision import DTYPES, store_linears
 from .pruning import pooled_rows_only, prunable
 from .serving import Serving, is_causal
-from .varlen import check_packable, packed_attention
 
 __all__ = ["FastPTuning"]
 
@@ -195,12 +195,8 @@ class FastPTuning(nn.Module):
 
     def _encode(self, inputs, input_ids, attention_mask):
         """The last hidden state: all rows, [B, S, d] or packed [1, T, d], or with `prune` the pooled ones."""
-        if (self.mode == "packed" or self.prune) and _is_checkpointed(self.bert):
-            raise ValueError(
-                "gradient checkpointing computes layers again when mode='packed' and prune are no longer in force: "
-                "take mode='prepend' with prune=False, or do without it"
-            )
         if self.mode == "packed" or self.prune:
+            refuse_checkpointing(self.bert)
             return self._encode_with_savings(inputs, input_ids, attention_mask)
         with self._precision(input_ids.device):
             return self.bert(**inputs).last_hidden_state
@@ -212,7 +208,7 @@ class FastPTuning(nn.Module):
     def _encode_with_savings(self, inputs, input_ids, attention_mask):
         with ExitStack() as savings:
             if self.mode == "packed":
-                savings.enter_context(packed_attention(self.bert))
+                inputs["packed"] = savings.enter_context(packed_attention(self.bert))
             if self.prune:
                 savings.enter_context(pooled_rows_only(self.bert, self._columns(inputs, input_ids, attention_mask)))
             savings.enter_context(self._precision(input_ids.device))
@@ -327,10 +323,6 @@ class FastPTuning(nn.Module):
             f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}, "
             f"prune={self.prune}, precision={self.precision!r}"
         )
-
-
-def _is_checkpointed(model):
-    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _base_model(name):

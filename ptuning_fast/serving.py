@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .positions import counts_columns, max_positions, position_start
 
-__all__ = ["Serving", "is_causal"]
+__all__ = ["Serving", "is_causal", "unwrapped"]
 
 
 class Serving:
@@ -25,7 +25,7 @@ class Serving:
     """
 
     def __init__(self, model: nn.Module):
-        model = _unwrapped(model)
+        model = unwrapped(model)
         _refuse(model)
         self.name = type(model).__name__
         self.takes = frozenset(inspect.signature(model.forward).parameters)
@@ -42,6 +42,15 @@ class Serving:
             raise ValueError(
                 f"{length} prompt rows and {n} tokens are {length + n}, and {self.name} has {most} positions: "
                 f"tokenize with truncation=True, max_length={most - length}"
+            )
+
+    def check_per_token(self) -> None:
+        """TypeError for a model whose outputs or labels are not one per token, as those of a packed batch are."""
+        if not self.name.endswith(_PER_TOKEN):
+            raise TypeError(
+                f"{self.name} has other outputs than one per token, or is not known to: mode='packed' is for "
+                f"models named ...{', ...'.join(_PER_TOKEN)}, so take mode='prepend' (to classify whole texts, "
+                "FastPTuning has mode='packed', too)"
             )
 
     def positions_from(self, attention_mask: Tensor | None) -> int | None:
@@ -65,6 +74,9 @@ class Serving:
         return tokens if self.pooled is None else _moved_to(self.pooled, tokens)
 
 
+_PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
+
+
 @torch.no_grad()
 def is_causal(model: nn.Module) -> bool:
     """Whether a token reaches later rows only. Tried out: the first row's state, behind two different second tokens."""
@@ -78,7 +90,7 @@ def is_causal(model: nn.Module) -> bool:
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
 
 
-def _unwrapped(model):
+def unwrapped(model):
     """The transformers model inside what torch.compile or PEFT (LoRA and the like) put around it."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

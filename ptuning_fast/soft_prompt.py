@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import embedding, peft_files
+from . import embedding, padding_free, peft_files
 from .initial import initial_prompt
+from .packing import check_packable, serve_packed
 from .reparameterization import PromptEncoder
-from .serving import Serving
+from .serving import Serving, unwrapped
 from .shared import cached_rows, check_shareable
 
 __all__ = ["SoftPrompt"]
 
-MODES = ("prepend", "shared")
+MODES = ("prepend", "packed", "shared")
 
 
 class SoftPrompt(nn.Module):
@@ -55,7 +56,7 @@ class SoftPrompt(nn.Module):
         super().__init__()
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
-        self._serving, self._shareable = Serving(model), False
+        self._serving, self._packable, self._shareable = Serving(model), False, False
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -85,6 +86,9 @@ class SoftPrompt(nn.Module):
         labels: Tensor | None = None,
         prompt_index: Tensor | None = None,
         mode: str = "prepend",
+        *,
+        lengths: list[int] | Tensor | None = None,
+        **flattened,
     ) -> dict[str, Tensor]:
         """The keyword arguments for `model(...)` or `model.generate(...)`: those that the model's forward takes.
 
@@ -93,9 +97,17 @@ class SoftPrompt(nn.Module):
             labels: one per token [B, n], which get -100 on the prompt rows; anything else (classes [B], the labels of
                 an encoder-decoder) goes to the model as it is.
             prompt_index: [B] int64 in [0, K), with `num_prompts`.
-            mode: `"prepend"`, m + n columns a row; `"shared"`, for one forward of a causal model without dropout: all
-                rows of the prompt but the last run once a batch, here, and the model is given them as a cache. Outputs
-                then have one column of the prompt, and `logits[:, 1:]` are those of the tokens. Not for `generate`.
+            mode: `"prepend"`, m + n columns a row. The other two are for one forward, not for `generate`:
+                `"packed"`, no padding: one row of all sequences, one behind the other, m + text rows each, and so are
+                the outputs; `cu_seq_lens_q` [B+1] says where each begins. For models with outputs per token whose
+                attention goes through transformers' AttentionInterface.
+                `"shared"`, for a causal model without dropout: all rows of the prompt but the last run once a batch,
+                here, and the model is given them as a cache. Outputs then have one column of the prompt, and
+                `logits[:, 1:]` are those of the tokens.
+            lengths: for `"packed"`, the number of real tokens of each row where it is known on the host, as
+                `prepend_prompt` takes it.
+            flattened: what a padding-free collator (transformers' `DataCollatorWithFlattening`) gives with its
+                [1, T] `input_ids` and `labels`: `position_ids`, `cu_seq_lens_q`, ... Each sequence gets the prompt.
 
         Returns:
             `inputs_embeds` [B, m + n, d], `attention_mask`, and what else was given or is needed. Outputs of the model
@@ -103,6 +115,7 @@ class SoftPrompt(nn.Module):
 
         Raises:
             ValueError: more columns than the model has positions; padding that it cannot be told of.
+            TypeError: a mode that the model cannot be served in, with the reason.
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
@@ -111,17 +124,23 @@ class SoftPrompt(nn.Module):
                 "prompt_index chooses from the prompts of num_prompts: "
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
+        if lengths is not None and mode != "packed":
+            raise ValueError(f"lengths is for mode='packed'; in mode={mode!r} no row is dropped")
         serving = self._serving
-        serving.check_room(self.length, input_ids.shape[-1])
         per_token = labels is not None and not serving.labels_are_rows and labels.shape == input_ids.shape
-        tokens = serving.turned(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "token_type_ids": token_type_ids if "token_type_ids" in serving.takes else None,
-                "labels": labels if per_token else None,
-            }
-        )
+        tokens = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids if "token_type_ids" in serving.takes else None,
+            "labels": labels if per_token else None,
+        }
+        if flattened:
+            tokens, lengths = padding_free.as_rows(tokens, **flattened)
+            attention_mask = tokens["attention_mask"]
+        serving.check_room(self.length, tokens["input_ids"].shape[-1])
+        if mode == "packed":
+            return self._packed(tokens, labels if not per_token else None, prompt_index, lengths)
+        tokens = serving.turned(tokens)
         prompt, start, cache, first = self.embeddings(), serving.positions_from(attention_mask), None, self.length - 1
         if mode == "shared" and first > 0:
             cache = self._cached(prompt[..., :first, :], tokens, prompt_index)
@@ -143,6 +162,29 @@ class SoftPrompt(nn.Module):
                 inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), first), mask], 1)
         if labels is not None and not per_token:
             inputs["labels"] = labels
+        return inputs
+
+    def _packed(self, tokens, labels, prompt_index, lengths):
+        if not self._packable:
+            self._serving.check_per_token()
+            check_packable(unwrapped(self.model))
+            self._packable = True
+        if labels is not None:
+            raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
+        serve_packed(unwrapped(self.model))
+        inputs = embedding.prepend(
+            self.model.get_input_embeddings(),
+            tokens.pop("input_ids"),
+            tokens.pop("attention_mask"),
+            prompt=self.embeddings(),
+            prompt_index=prompt_index,
+            position_start=self._serving.position_start,
+            packed=True,
+            lengths=lengths,
+            **tokens,
+        )
+        if "position_ids" not in self._serving.takes:  # distances alone count there, and the attention knows them
+            del inputs["position_ids"]
         return inputs
 
     def _cached(self, rows, tokens, prompt_index):

@@ -1,155 +1,197 @@
-"""Attention over a packed batch: each sequence by itself, no padding, through transformers' AttentionInterface.
+"""Attention over a packed batch: each sequence by itself, without padding, by what the device does best.
 
-query, key, value [1, heads, T, head size]  ──  split at cu_seq_lens  ──  attention  ──  [1, T, heads, head size]
+    query [T, H, e], key and value [T, G, e]  ──  cut at cu_seq_lens  ──  attention  ──  [T, H, e]
+
+T rows of all sequences, H heads of size e, of which H / G share a key and a value (grouped-query attention).
 """
 
-import contextlib
 from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-__all__ = ["check_packable", "packed_attention"]
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
-NAME = "ptuning_fast_varlen"
+__all__ = ["Sequences", "backend_for", "varlen_attention"]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
-def check_packable(model: nn.Module) -> None:
-    """TypeError for a model whose attention cannot be given a packed batch, with the reason.
+class Sequences:
+    """Where the sequences of a packed batch begin and end.
 
-    (What shows only in the arguments of an attention call, such as attention sinks, is refused there.)
-
-    Such are models that do not go through transformers' AttentionInterface, most of them because they add a bias of
-    their own to the scores: ALiBi (Bloom), relative positions (T5, DeBERTa, MPNet).
+    Args:
+        cu_seq_lens: [B+1] int32, the first row of each sequence, and T.
+        max_length: rows of the longest, as the host knows it; only the backends for GPUs ask for it.
     """
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False) or model.config.is_encoder_decoder:
-        raise TypeError(
-            f"{name} computes its attention by itself (biases on the scores, or an encoder-decoder), so it cannot be "
-            "given a packed batch: take mode='prepend'"
-        )
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        others = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
-        raise TypeError(f"{name} has layers of {others}, which packed batches are not served with: take mode='prepend'")
 
+    def __init__(self, cu_seq_lens: Tensor, max_length: int | None = None):
+        self.cu_seq_lens, self._max_length, self._groups = cu_seq_lens, max_length, None
 
-@contextlib.contextmanager
-def packed_attention(model: nn.Module):
-    """Inside, `model` computes attention for packed batches, from the `cu_seq_lens_q` that its forward is given.
+    @property
+    def max_length(self) -> int:
+        if self._max_length is None:
+            self._max_length = max((n for _, n in self.groups()), default=0)
+        return self._max_length
 
-    No mask is registered for this attention, so transformers builds none and nothing waits for the GPU.
+    def groups(self) -> list[tuple[int, int]]:
+        """(g, n) for g sequences of n rows, one behind the other: those need no padding among themselves.
 
-    Raises:
-        RuntimeError: at the end, where not every layer came here: sequences would have seen each other.
-    """
-    config = model.config
-    before, calls = config._attn_implementation, _Calls()
-    config._attn_implementation = NAME
-    handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, kwargs | {"calls": calls}), with_kwargs=True
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-        config._attn_implementation = before
-    layers = config.get_text_config().num_hidden_layers
-    if calls.count != layers:
-        raise RuntimeError(
-            f"{calls.count} of the {layers} layers of {type(model).__name__} computed packed attention: "
-            "take mode='prepend'"
-        )
-
-
-class _Calls:
-    count = 0
+        The first call waits for the device, where the rows are on one.
+        """
+        if self._groups is None:
+            lengths = [end - start for start, end in pairwise(self.cu_seq_lens.tolist())]
+            self._groups = [(len(list(same)), n) for n, same in groupby(lengths) if n]
+        return self._groups
 
 
 def varlen_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
     *,
-    cu_seq_lens_q,
-    calls,
-    dropout=0.0,
-    scaling=None,
-    is_causal=None,
-    sliding_window=None,
-    softcap=None,
-    **kwargs,
-):
-    """An attention function of transformers; `calls` counts the layers that came here."""
-    unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and value is not None]
-    if unknown:
-        raise TypeError(
-            f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed batches are not "
-            "served with: take mode='prepend'"
-        )
-    calls.count += 1
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """[T, H, e], in query's dtype.
+
+    Args:
+        query, key, value: [T, H, e] and twice [T, G, e], in one dtype.
+        causal: whether a row sees itself and those before it alone.
+        window: rows as far away as this or farther are not seen.
+        scale: factor on the scores; 1 / sqrt(e) by default.
+        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
+        dropout: probability with which a weight is dropped.
+    """
+    attention = backend_for(query, window=window, softcap=softcap)
+    options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "dropout": dropout}
+    return attention(query, key, value, sequences, **options)
+
+
+def backend_for(query: Tensor, *, window: int | None, softcap: float | None):
+    """The function that attention is computed with for a query of this device, dtype and head size.
+
+    - flash-attn, where it is installed, and torch's own copy of it, which knows no softcap: half precision on NVIDIA
+      GPUs from compute capability 8.0 on, heads of up to 256;
+    - jagged nested tensors, from which torch chooses a fused kernel for any dtype: other cases on a GPU, but windows
+      and softcap;
+    - one attention call for the sequences of each length: everywhere else, CPUs above all.
+    """
+    if query.device.type == "cuda":
+        flash = query.dtype in HALF and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+        if flash and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0):
+            if flash_attn_varlen_func is not None:
+                return flash_attn
+            if softcap is None:
+                return torch_flash
+        if window is None and softcap is None:
+            return jagged
+    return by_length
+
+
+def flash_attn(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
+    """The package flash-attn (Dao 2023, arXiv 2307.08691)."""
+    ends, longest = sequences.cu_seq_lens, sequences.max_length
+    back, ahead = _flash_window(window, causal)
+    return flash_attn_varlen_func(
+        *(query, key, value, ends, ends, longest, longest),
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=(-1 if back is None else back, -1 if ahead is None else ahead),
+        softcap=softcap or 0.0,
+    )
+
+
+def torch_flash(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
+    """The same as torch has it: `torch.nn.attention.varlen` calls this operator too, without dropout."""
+    ends, longest = sequences.cu_seq_lens, sequences.max_length
+    back, ahead = _flash_window(window, causal)
+    return torch.ops.aten._flash_attention_forward(
+        *(query, key, value, ends, ends, longest, longest, dropout, causal, False),
+        scale=scale,
+        window_size_left=back,
+        window_size_right=ahead,
+    )[0]
+
+
+def _flash_window(window, causal):
+    """How far back and how far ahead a row sees; None: as far as there are rows."""
+    if window is None:
+        return None, None
+    return window - 1, 0 if causal else window - 1
+
+
+def jagged(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
+    """torch's jagged nested tensors through its fused attention."""
+    key, value = (_for_each_head(one, query) for one in (key, value))
+    longest = sequences.max_length
+    nested = [
+        torch.nested.nested_tensor_from_jagged(one, sequences.cu_seq_lens.long(), min_seqlen=1, max_seqlen=longest)
+        for one in (query, key, value)
+    ]
+    out = F.scaled_dot_product_attention(
+        *(one.transpose(1, 2) for one in nested), dropout_p=dropout, is_causal=causal, scale=scale
+    )
+    return out.transpose(1, 2).values()
+
+
+def by_length(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
+    """One call for the neighbouring sequences of each length."""
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if query.device.type == "cpu" and dtype in HALF:
         query, key, value = query.float(), key.float(), value.float()  # torch's gradient in half is 5 times as slow
     if softcap is not None:
-        key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], 1) for one in (key, value))
-    groups = _groups(cu_seq_lens_q.tolist())
+        key, value = (_for_each_head(one, query) for one in (key, value))
+    groups = sequences.groups()
+    # Split, not sliced: the gradient is then one concatenation.
+    parts = [one.split([g * n for g, n in groups]) for one in (query, key, value)]
     out = []
-    # Split, not sliced, and along the rows as they lie in memory: the gradient is then one concatenation.
-    parts = [one.transpose(1, 2).split([g * n for g, n in groups], 1) for one in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
         for (g, n), *rows in zip(groups, *parts):
-            q, k, v = (one.view(g, n, *one.shape[2:]).transpose(1, 2) for one in rows)
-            mask = _window(n, sliding_window, causal, q.device)
+            q, k, v = (one.view(g, n, *one.shape[1:]).transpose(1, 2) for one in rows)
+            mask = _window_mask(n, window, causal, q.device)
             if softcap is not None:
-                seen = _softcapped(q, k, v, mask, causal, scaling, softcap, dropout)
+                seen = _softcapped(q, k, v, mask, causal, scale, softcap, dropout)
             else:
                 seen = F.scaled_dot_product_attention(
                     *(q, k, v),
                     attn_mask=mask,
                     dropout_p=dropout,
                     is_causal=causal and mask is None,
-                    scale=scaling,
+                    scale=scale,
                     enable_gqa=q.shape[1] != k.shape[1],
                 )
-            out.append(seen.transpose(1, 2).reshape(1, g * n, *seen.shape[1::2]))
-    return torch.cat(out, 1).to(dtype), None
+            out.append(seen.transpose(1, 2).reshape(g * n, *seen.shape[1::2]))
+    return torch.cat(out).to(dtype) if out else torch.zeros_like(query)
 
 
-# What models hand to every attention function and what changes nothing here.
-_HARMLESS = {"cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "use_cache", "deterministic"}
-_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "cache_position"}
+def _for_each_head(one, query):
+    return one.repeat_interleave(query.shape[1] // one.shape[1], 1)
 
 
-def _groups(ends):
-    """(g, n) for g sequences of n rows, one behind the other: those of one length need no padding among themselves."""
-    lengths = [end - start for start, end in pairwise(ends)]
-    return [(len(list(same)), n) for n, same in groupby(lengths) if n]
-
-
-def _window(n, sliding_window, causal, device):
-    """[n, n], True where a query may look: less than `sliding_window` away, backwards if causal; None: everywhere."""
-    if sliding_window is None or n <= sliding_window:
+def _window_mask(n, window, causal, device):
+    """[n, n], True where a query may look; None: everywhere, or what `causal` says."""
+    if window is None or n <= window:
         return None
     distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
-    return ((distance >= 0) if causal else (distance > -sliding_window)) & (distance < sliding_window)
+    return ((distance >= 0) if causal else (distance > -window)) & (distance < window)
 
 
-def _softcapped(q, k, v, mask, causal, scaling, softcap, dropout):
-    scores = (
-        torch.tanh((q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling) / softcap) * softcap
-    )
+def _softcapped(q, k, v, mask, causal, scale, softcap, dropout):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.tanh((q @ k.transpose(2, 3)) * scale / softcap) * softcap
     if mask is None and causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v
-
-
-AttentionInterface.register(NAME, varlen_attention)

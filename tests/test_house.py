@@ -30,6 +30,8 @@ RANKS = {
     "precision": 0,
     "pruning": 0,
     "varlen": 0,
+    "padding_free": 0,
+    "packing": 1,
     "serving": 1,
     "embedding": 2,
     "shared": 2,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import zoo
 from transformers import AutoModel, AutoTokenizer
 
-from ptuning_fast import FastPTuning, functional, varlen
+from ptuning_fast import FastPTuning, functional, packing
 from ptuning_fast.docstrings import stdlib_docstrings
 from ptuning_fast.pruning import prunable
 from ptuning_fast.reference import ReferencePTuning
@@ -276,7 +276,7 @@ def test_files_and_copies(tmp_path):
     assert torch.equal(loaded(ids, mask), fast(ids, mask))
     assert torch.equal(copy.deepcopy(fast)(ids, mask), fast(ids, mask))
     assert "mode='packed', prune=True, precision=None" in repr(fast)
-    assert varlen.NAME not in repr(fast.bert.config)
+    assert packing.NAME not in repr(fast.bert.config)
 
 
 def test_attention_with_more_to_it():

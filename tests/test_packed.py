@@ -1,0 +1,224 @@
+"""Mode "packed" of SoftPrompt: no padding rows, and each text's outputs and gradients are those of the text alone."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import zoo
+from transformers import AutoTokenizer, DataCollatorWithFlattening
+
+from ptuning_fast import SoftPrompt, functional, packing, reference
+
+PACKABLE = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "ALBERT", "ModernBERT", "GPT-2", "OPT", "Llama"]
+PACKABLE += ["Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3"]
+
+
+@pytest.fixture(autouse=True)
+def torch_path(monkeypatch):
+    """The op itself is tested elsewhere; without a GPU its kernels would be interpreted, at length."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(functional, "kernels", None)
+
+
+def texts_of(out, inputs):
+    """The rows of each sequence, the prompt's included."""
+    return [out[0, start:end] for start, end in pairwise(inputs["cu_seq_lens_q"].tolist())]
+
+
+def assert_close(actual, expected):
+    assert (actual - expected).abs().max() <= zoo.TOLERANCE * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PACKABLE)
+def test_same_as_each_text_alone(name, side):
+    model, rows = zoo.build(name), zoo.texts()
+    torch.manual_seed(2)
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(rows, side)
+    inputs = prompt(ids, mask, mode="packed")
+    assert inputs["inputs_embeds"].shape[:2] == (1, len(rows) * zoo.M + mask.sum())
+    outs = texts_of(zoo.rows_out(model, inputs), inputs)
+    expected = [zoo.by_hand(model, prompt.prompt_embeddings, text) for text in rows]
+    for one, other in zip(outs, expected):
+        assert_close(one, other)
+    weights = [torch.randn_like(one) for one in expected]
+    grads = [
+        torch.autograd.grad(sum((out * w).sum() for out, w in zip(each, weights)), prompt.prompt_embeddings)[0]
+        for each in (outs, expected)
+    ]
+    assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 2"])
+def test_loss_and_labels(name):
+    """The padded batch's loss: no sequence's last token predicts the next sequence's prompt."""
+    model = zoo.build(name)
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    results = []
+    for mode in ("prepend", "packed"):
+        loss = model(**prompt(ids, mask, labels=labels, mode=mode)).loss
+        results.append((loss, *torch.autograd.grad(loss, prompt.prompt_embeddings)))
+    for one, other in zip(*results):
+        assert_close(one, other)
+    assert_close(model(**prompt(ids, mask, labels=labels, mode="packed", lengths=mask.sum(1))).loss, results[0][0])
+
+
+def test_heads_per_token():
+    for class_name, extra in (("BertForMaskedLM", {}), ("BertForTokenClassification", {"num_labels": 3})):
+        model = zoo.build("BERT", class_name, **extra)
+        prompt = SoftPrompt(model, zoo.M)
+        ids, mask = zoo.padded(zoo.texts(), "right")
+        labels = (ids % 3).masked_fill(mask == 0, -100)
+        types = ids % 2
+        losses = [model(**prompt(ids, mask, types, labels, mode=mode)).loss for mode in ("prepend", "packed")]
+        assert_close(*losses)
+
+
+def test_bank():
+    model = zoo.build("Llama")
+    bank = SoftPrompt(model, zoo.M, num_prompts=3)
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    index = torch.tensor([2, 0, 2, 0])
+    inputs = bank(ids, mask, prompt_index=index, mode="packed")
+    outs = texts_of(model(**inputs).logits, inputs)
+    for out, k, text in zip(outs, index, zoo.texts()):
+        assert_close(out, zoo.by_hand(model, bank.prompt_embeddings[k], text))
+
+
+@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}], ids=["", "ends"])
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
+def test_padding_free_collators(mode, options):
+    """transformers' own collator, and what it gives goes straight in, whatever the mode."""
+    model, rows = zoo.build("Llama"), zoo.texts()
+    prompt = SoftPrompt(model, zoo.M)
+    batch = DataCollatorWithFlattening(**options)([{"input_ids": row.tolist()} for row in rows])
+    ids, mask = zoo.padded(rows, "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100  # the collator's way to tell the sequences apart
+    expected = model(**prompt(ids, mask, labels=labels)).loss
+    assert_close(model(**prompt(**batch, mode=mode)).loss, expected)
+
+
+def test_padding_free_batches_that_are_none():
+    prompt = SoftPrompt(zoo.build("Llama"), zoo.M)
+    ids = torch.arange(3, 9)[None]
+    for wrong in ([0, 4], [1, 6], [0, 4, 3, 6], [0]):
+        with pytest.raises(ValueError, match=r"must rise from 0 to 6"):
+            prompt(ids, cu_seq_lens_q=torch.tensor(wrong, dtype=torch.int32), mode="packed")
+    with pytest.raises(ValueError, match="attention_mask is for padded rows"):
+        prompt(ids, torch.ones_like(ids), position_ids=torch.arange(6)[None])
+    with pytest.raises(ValueError, match=r"is \[1, T\]"):
+        prompt(ids.view(2, 3), position_ids=torch.arange(6)[None])
+    with pytest.raises(ValueError, match=r"position_ids must be \[1, 6\]"):
+        prompt(ids, position_ids=torch.arange(5)[None])
+    with pytest.raises(TypeError, match="unknown arguments: token_types"):
+        prompt(ids, token_types=ids)
+    with pytest.raises(TypeError, match="needs position_ids or cu_seq_lens_q"):
+        prompt(ids, max_length_q=6)
+
+
+def test_other_calls_stay_as_they_were():
+    """The model is handed packed batches and padded ones in turn; each is computed as it should be."""
+    model = zoo.build("Mistral")
+    before = model.config._attn_implementation
+    prompt, rows = SoftPrompt(model, zoo.M), zoo.texts()
+    ids, mask = zoo.padded(rows, "left")
+    plain = model(**prompt(ids, mask)).logits
+    generated = model.generate(**prompt(ids, mask), max_new_tokens=4, do_sample=False)
+    inputs = prompt(ids, mask, mode="packed")
+    first = model(**inputs).logits
+    assert torch.equal(model(**prompt(ids, mask)).logits, plain)
+    assert torch.equal(model.generate(**prompt(ids, mask), max_new_tokens=4, do_sample=False), generated)
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(**inputs).logits, first)
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+    # Inside another model, and in copies of both.
+    inner = SoftPrompt(model.model, zoo.M, init=prompt.prompt_embeddings)
+    hidden = model.model(**inner(ids, mask, mode="packed")).last_hidden_state
+    assert_close(model.lm_head(hidden), first)
+    assert torch.equal(model(**inputs).logits, first)
+    twin = copy.deepcopy(model)
+    copied = SoftPrompt(twin, zoo.M, init=prompt.prompt_embeddings)
+    assert torch.equal(twin(**copied(ids, mask, mode="packed")).logits, first)
+
+
+def test_the_attention_is_put_back_after_an_error():
+    model = zoo.build("Llama")
+    before = model.config._attn_implementation
+    prompt = SoftPrompt(model, zoo.M)
+    inputs = prompt(*zoo.padded(zoo.texts(), "right"), mode="packed")
+    with pytest.raises(RuntimeError):
+        model(**(inputs | {"position_ids": torch.zeros(1, 2, dtype=torch.int64)}))
+    assert model.config._attn_implementation == before
+    broken = copy.deepcopy(model)
+    broken.model.layers[1].self_attn.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+    with pytest.raises(RuntimeError, match="2 of the 3 layers"):
+        broken(**inputs)
+    assert broken.config._attn_implementation == before
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_refusals():
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    for name in ("DeBERTa-v2", "MPNet", "Bloom", "T5", "BART"):
+        with pytest.raises(TypeError, match="mode='prepend'"):
+            SoftPrompt(zoo.build(name), 3)(ids, mask, mode="packed")
+    for class_name in ("BertForSequenceClassification", "BertForQuestionAnswering", "BertForPreTraining"):
+        with pytest.raises(TypeError, match="other outputs than one per token"):
+            SoftPrompt(zoo.build("BERT", class_name), 3)(ids, mask, mode="packed")
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, 3)
+    with pytest.raises(ValueError, match="one per token"):
+        prompt(ids, mask, labels=ids[:, 0], mode="packed")
+    with pytest.raises(ValueError, match="lengths is for mode='packed'"):
+        prompt(ids, mask, lengths=mask.sum(1))
+    with pytest.raises(ValueError, match="for generate take"):
+        model.generate(**prompt(ids, mask, mode="packed"), max_new_tokens=2)
+    inputs = prompt(ids, mask, mode="packed")
+    with pytest.raises(ValueError, match="without a cache"):
+        from transformers import DynamicCache
+
+        model(**inputs, past_key_values=DynamicCache(config=model.config))
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(**inputs)
+    assert model.config._attn_implementation != packing.NAME
+
+
+def test_real_weights_and_text(minilm):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(minilm).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    texts = ["a text", "another one, which is longer than the first", "and a third"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    prompt = SoftPrompt(model, 10)
+    inputs = prompt(**batch, mode="packed")
+    outs = texts_of(model(**inputs).last_hidden_state, inputs)
+    for out, text in zip(outs, texts):
+        one = tokenizer([text], return_tensors="pt")
+        by_hand = reference.prepend_prompt(
+            one["input_ids"],
+            one["attention_mask"],
+            weight=model.embeddings.word_embeddings.weight,
+            prompt=prompt.prompt_embeddings,
+        )
+        expected = model(**by_hand).last_hidden_state[0]
+        assert (out - expected).abs().max() <= 1e-5  # of values up to about 2, through six layers of fp32
+
+
+def test_compiled():
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    inputs = prompt(*zoo.padded(zoo.texts(), "right"), mode="packed")
+    expected = model(**inputs).logits
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(compiled(**inputs).logits, expected)
+    theirs = SoftPrompt(compiled, zoo.M, init=prompt.prompt_embeddings)
+    assert_close(compiled(**theirs(*zoo.padded(zoo.texts(), "right"), mode="packed")).logits, expected)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert_close(compiled(**prompt(ids, mask)).logits[:, : zoo.M], model(**prompt(ids, mask)).logits[:, : zoo.M])
