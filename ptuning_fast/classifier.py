@@ -11,6 +11,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import adapter, embedding
+from .additive_mask import takes_additive_mask
 from .initial import initial_prompt
 from .packing import check_packable, packed_attention, refuse_checkpointing
 from .precision import DTYPES, store_linears
@@ -45,6 +46,10 @@ class FastPTuning(nn.Module):
         prune: whether behind the last layer's attention only the pooled row is computed. Done where the architecture is
             recognised and the pooling is not `"mean"`; by default in mode `"packed"`, as in mode `"prepend"` the logits
             are else the reference's bit by bit.
+        additive_mask: in mode `"prepend"`, whether the encoder is given its padding mask as its attention adds it, and
+            so neither asks anything of it nor builds another: a step then never waits for the GPU, and can be captured
+            in a CUDA graph. Done where the architecture is recognised. (Where there is no padding, leave
+            `attention_mask` out altogether: then no mask is made.)
         precision: `"bf16"` or `"fp16"` keeps the encoder's frozen linear layers so, and runs it under autocast; prompt
             and head stay in fp32. It changes an encoder that is handed in.
         id2label: names of the labels by their number, kept with the adapter.
@@ -64,6 +69,7 @@ class FastPTuning(nn.Module):
         init: str | Tensor = "normal",
         mode: str = "prepend",
         prune: bool | None = None,
+        additive_mask: bool = False,
         precision: str | None = None,
         id2label: dict[int, str] | None = None,
         max_length: int | None = None,
@@ -106,6 +112,7 @@ class FastPTuning(nn.Module):
                 raise TypeError(f"{type(self.bert).__name__} takes no position_ids, which mode='packed' needs")
         prune = (mode == "packed") if prune is None else prune
         self.prune = bool(prune) and pooling != "mean" and prunable(self.bert)
+        self.additive_mask = additive_mask and mode == "prepend" and takes_additive_mask(self.bert)
         self.precision = precision
         self.bert.requires_grad_(False)
         if precision is not None:
@@ -184,6 +191,8 @@ class FastPTuning(nn.Module):
             options = {"packed": True, "position_start": serving.position_start}
         elif not self._as_reference:
             options = {"adjacent": True, "position_start": serving.positions_from(attention_mask)}
+        if self.additive_mask:
+            options["additive_mask"] = self._compute_dtype(input_ids.device)
         return embedding.prepend(
             self.bert.get_input_embeddings(),
             input_ids,
@@ -203,6 +212,14 @@ class FastPTuning(nn.Module):
 
     def _precision(self, device):
         return nullcontext() if self.precision is None else torch.autocast(device.type, DTYPES[self.precision])
+
+    def _compute_dtype(self, device):
+        """What attention computes in: autocast's dtype, the caller's or that of `precision`, else the encoder's."""
+        if self.precision is not None:
+            return DTYPES[self.precision]
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.bert.get_input_embeddings().weight.dtype
 
     @torch.compiler.disable  # hooks and a change of attention for one call are nothing to trace through
     def _encode_with_savings(self, inputs, input_ids, attention_mask):
@@ -321,7 +338,7 @@ class FastPTuning(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}, "
-            f"prune={self.prune}, precision={self.precision!r}"
+            f"prune={self.prune}, additive_mask={self.additive_mask}, precision={self.precision!r}"
         )
 
 

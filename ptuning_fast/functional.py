@@ -39,6 +39,7 @@ def prepend_prompt(
     adjacent: bool = False,
     packed: bool = False,
     lengths=None,
+    additive_mask: torch.dtype | None = None,
 ) -> dict[str, Tensor | int]:
     """Embed a batch of tokens with a trainable prompt in front: `model(**prepend_prompt(...))`.
 
@@ -63,12 +64,16 @@ def prepend_prompt(
         lengths: with `packed`, the B numbers of mask-1 tokens, as a list or a CPU tensor. Spares the one
             synchronisation that finding them out takes. On a GPU they cannot be compared with the mask without one:
             where they are wrong `inputs_embeds` is NaN throughout (an error on a CPU).
+        additive_mask: fp32, fp16 or bf16: `attention_mask` then comes in that dtype, as full attention adds it to its
+            scores. Not with `packed`, which has no mask.
 
     Returns:
         A dict that holds what was asked for:
 
         - `inputs_embeds` [B, S, d], the weight's dtype
-        - `attention_mask` [B, S], the given mask's dtype, when one was given; 1 on prompt rows
+        - `attention_mask` [B, S], the given mask's dtype, when one was given; 1 on prompt rows. With `additive_mask`
+          [B, 1, 1, S] in that dtype: 0 for a row that is there, the lowest number for padding, rows in memory a
+          multiple of 8 elements apart, as fused attention wants them
         - `token_type_ids`, `labels` [B, S], the given dtypes, when they were given
         - `position_ids` [B, S] int64, when `position_start` was given; `position_start` on padding
 
@@ -82,6 +87,11 @@ def prepend_prompt(
             from `torch.nn.functional.embedding`; nothing outside the table is read.
     """
     _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index)
+    if additive_mask is not None:
+        if additive_mask not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"additive_mask must be torch.float32, float16 or bfloat16, not {additive_mask!r}")
+        if packed:
+            raise ValueError("additive_mask goes with a mask, and packed=True has none: leave one of them out")
     device = input_ids.device
     if not torch.compiler.is_compiling() and _transformed():
         _warn_reference()
@@ -89,7 +99,7 @@ def prepend_prompt(
             *(input_ids, attention_mask),
             **{"weight": weight, "prompt": prompt, "token_type_ids": token_type_ids, "labels": labels},
             **{"position_start": position_start, "prompt_index": prompt_index, "embed_scale": embed_scale},
-            **{"adjacent": adjacent, "packed": packed},
+            **{"adjacent": adjacent, "packed": packed, "additive_mask": additive_mask},
         )
     if lengths is not None:
         lengths = _check_lengths(lengths, input_ids, attention_mask, packed)
@@ -104,7 +114,7 @@ def prepend_prompt(
     try:
         results = backend.forward(
             *(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start),
-            *(prompt_index, embed_scale, adjacent, packed, lengths),
+            *(prompt_index, embed_scale, adjacent, packed, lengths, additive_mask),
         )
     except (IndexError, RuntimeError):
         if device.type == "cpu":

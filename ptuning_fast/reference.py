@@ -23,6 +23,7 @@ def prepend_prompt(
     adjacent=False,
     packed=False,
     lengths=None,
+    additive_mask=None,
 ):
     """`ptuning_fast.prepend_prompt` in plain torch: the same arguments, the same results, autograd's own gradient.
 
@@ -66,6 +67,11 @@ def prepend_prompt(
     if position_start is not None:
         before = there.long().cumsum(1) - 1
         out["position_ids"] = position_start + torch.where(there, before, 0)
+
+    # An additive mask: 0 where there is a row, the lowest number where there is none.
+    if additive_mask is not None and attention_mask is not None:
+        lowest = torch.where(there, 0.0, torch.finfo(additive_mask).min)
+        out["attention_mask"] = lowest.to(additive_mask)[:, None, None]
 
     # Packed: only the rows that are there, one sequence behind the other.
     if packed:

@@ -22,6 +22,7 @@ def forward(
     adjacent,
     packed,
     lengths,
+    additive_mask,
 ):
     """What `ptuning_fast.kernels.forward` does, with the same arguments and results.
 
@@ -55,6 +56,8 @@ def forward(
     out_mask = None if packed else lay(attention_mask, 1)
     out_types, out_labels = lay(token_type_ids, 0), lay(labels, -100)
     position_ids = _positions(input_ids, m, 0 if packed and position_start is None else position_start, out_mask, keep)
+    if additive_mask is not None and out_mask is not None:
+        out_mask = _additive(out_mask, additive_mask)
 
     concatenate = start is None and (m >= n or B * n * d < _SMALL)
     if not concatenate or prompt.dtype != weight.dtype:
@@ -106,6 +109,13 @@ def _look_up(weight, ids, out):
 # an eighth longer than a loop where it runs into pages that are not mapped yet; and memory from 32 MB on is mapped
 # afresh at every allocation. There, rows go in pieces below that size (benchmarks/NOTES.md has the figures).
 _FRESH, _PIECE = 2**25, 2048
+
+
+def _additive(mask, dtype):
+    """[B, 1, 1, S]: 0 where `mask` [B, S] is not 0, else the lowest number; rows a multiple of 8 elements apart."""
+    B, S = mask.shape
+    out = torch.zeros(B, 1, 1, -(-S // 8) * 8, dtype=dtype, device=mask.device)[..., :S]
+    return out.masked_fill_((mask == 0)[:, None, None], torch.finfo(dtype).min)
 
 
 def _positions(input_ids, m, position_start, out_mask, keep):

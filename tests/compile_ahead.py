@@ -77,7 +77,7 @@ def source_of(kernel, args, kwargs):
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, mask_dtype, extras):
+def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, mask_dtype, extras, additive=None):
     """The launches of one forward and one backward, recorded."""
     n, m, V, K = 24, 16, 64, 3
     modules = [__import__("ptuning_fast.kernels." + name, fromlist=["x"]) for name in ("forward", "backward")]
@@ -97,7 +97,7 @@ def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, m
         results = launch_forward(
             *(ids, mask, torch.zeros(V, d, dtype=weight_dtype), prompt),
             *((ids, ids, 2) if extras else (None, None, None)),
-            *(index, scale, layout == "adjacent", layout == "packed", lengths),
+            *(index, scale, layout == "adjacent", layout == "packed", lengths, additive),
         )
         launch_backward(results[0], prompt.shape, prompt_dtype, results[6], index, layout == "packed")
     finally:
@@ -124,6 +124,8 @@ def variants():
     yield 8, 384, bf16, bf16, "packed", False, 1.0, i32, None, True
     yield 8, 768, f16, f32, "adjacent", False, 1.0, i64, i64, True
     yield 8, 768, f32, f16, "plain", True, 3.5, i64, None, False
+    yield 8, 768, f32, f32, "plain", False, 1.0, i64, i64, False, f32
+    yield 8, 768, bf16, f32, "adjacent", False, 1.0, i64, torch.bool, True, bf16
     yield 65, 100, f32, f32, "plain", False, 1.0, i64, i64, True
 
 

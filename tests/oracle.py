@@ -26,6 +26,7 @@ def prepend_prompt(
     embed_scale=1.0,
     adjacent=False,
     packed=False,
+    additive_mask=None,
 ):
     """`ptuning_fast.prepend_prompt` for tests: slow, in loops, on the CPU."""
     (B, n), d, m = input_ids.shape, weight.shape[1], prompt.shape[-2]
@@ -63,6 +64,11 @@ def prepend_prompt(
     out = {"inputs_embeds": embeds.view(*shape, d)}
     if attention_mask is not None and not packed:
         out["attention_mask"] = column(1, attention_mask.dtype)
+        if additive_mask is not None:
+            lowest = {torch.float32: -(2 - 2**-23) * 2.0**127, torch.float16: -65504.0}
+            lowest |= {torch.bfloat16: -(2 - 2**-7) * 2.0**127}
+            values = [0.0 if entry[1] else lowest[additive_mask] for entry in flat]
+            out["attention_mask"] = torch.tensor(values, dtype=additive_mask).view(B, 1, 1, m + n)
     if token_type_ids is not None:
         out["token_type_ids"] = column(2, token_type_ids.dtype)
     if labels is not None:

@@ -102,6 +102,10 @@ BAD = {
     ),
     "position": ({"position_start": 1.5}, TypeError, "position_start must be an int, not float"),
     "position tensor": ({"position_start": torch.tensor(2)}, TypeError, "position_start must be an int, not Tensor"),
+    "additive int": ({"additive_mask": torch.int64}, TypeError, "must be torch.float32, .* not torch.int64"),
+    "additive fp64": ({"additive_mask": torch.float64}, TypeError, "must be torch.float32, .* not torch.float64"),
+    "additive bool": ({"additive_mask": True}, TypeError, "must be torch.float32, .* not True"),
+    "additive packed": ({"additive_mask": torch.float32, "packed": True}, ValueError, "packed=True has none"),
     "lengths unpacked": ({"lengths": [3, 2]}, ValueError, "lengths is for packed=True"),
     "lengths few": ({"lengths": [3], "packed": True}, ValueError, "lengths has 1 entries for a batch of 2 rows"),
     "lengths many": (
@@ -218,7 +222,9 @@ def launch(*tensors, prompt_index=None, embed_scale=1.0):
     """inputs_embeds as the kernels' own launcher returns it, unchecked. The interpreter passes over failed asserts."""
     if functional.kernels is None or torch.cuda.is_available():
         pytest.skip("an id outside the table is an assert on a GPU; what would be read shows in the interpreter")
-    return functional.kernels.forward(*tensors, None, None, None, prompt_index, embed_scale, False, False, None)[0]
+    return functional.kernels.forward(*tensors, None, None, None, prompt_index, embed_scale, False, False, None, None)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("bad", [-1, V, -(2**31), 2**31 - 1])

@@ -27,6 +27,7 @@ RANKS = {
     "positions": 0,
     "reparameterization": 0,
     "initial": 1,
+    "additive_mask": 0,
     "precision": 0,
     "pruning": 0,
     "varlen": 0,
@@ -190,7 +191,7 @@ assert theirs.runs_on(device)
 ids = torch.tensor([[1, 2, 3], [4, 5, 6]], device=device)
 mask = torch.tensor([[0, 1, 1], [1, 1, 0]], device=device)
 weight, prompt = torch.randn(9, 20, device=device), torch.randn(2, 20, device=device)
-arguments = ids, mask, weight, prompt, ids, ids, 2, None, 2.0, True, False, None
+arguments = ids, mask, weight, prompt, ids, ids, 2, None, 2.0, True, False, None, None
 results, expected = theirs.forward(*arguments), ours.forward(*arguments)
 for result, value in zip(results, expected):
     assert (result is value is None) or torch.equal(result, value)

@@ -65,6 +65,8 @@ def batches(draw):
     arguments["position_start"] = draw(st.sampled_from([None, 0, 2]))
     arguments["embed_scale"] = draw(st.sampled_from([1.0, 3.3, 0.5]))
     arguments |= draw(st.sampled_from([{}, {"adjacent": True}, {"packed": True}, {"adjacent": True, "packed": True}]))
+    if not arguments.get("packed"):
+        arguments["additive_mask"] = draw(st.sampled_from([None, None, *DTYPES]))
     return arguments
 
 
@@ -118,6 +120,8 @@ def case(**arguments):
 @example(arguments=case(B=2, n=1030, m=1, d=8, adjacent=True))
 @example(arguments=case(B=1, n=2, m=2, d=768))
 @example(arguments=case(B=1, n=2, m=2, d=8200))
+@example(arguments=case(B=3, n=600, m=1, d=8, adjacent=True, additive_mask=torch.bfloat16))
+@example(arguments=case(B=3, n=8, m=0, d=8, additive_mask=torch.float32))
 def test_same_as_reference_and_oracle(backend, poisoned_memory, arguments):
     prompt = arguments["prompt"]
     expected = oracle.prepend_prompt(**arguments)
@@ -127,6 +131,8 @@ def test_same_as_reference_and_oracle(backend, poisoned_memory, arguments):
     there["prompt"] = there["prompt"].detach().requires_grad_()
     actual = prepend_prompt(**there)
     embeds = actual["inputs_embeds"]
+    if arguments.get("additive_mask") is not None and "attention_mask" in arguments:
+        assert all(step % 8 == 0 for step in actual["attention_mask"].stride()[:-1])
     assert_same({**actual, "inputs_embeds": embeds.detach()}, expected)
     assert all(
         not value.requires_grad for key, value in actual.items() if key != "inputs_embeds" and torch.is_tensor(value)
@@ -215,7 +221,7 @@ def test_wrong_lengths_come_out_as_nan(change, dtype):
     lengths = {"one more": [3, 4], "one fewer": [1, 4], "moved": [3, 3], "longest": [1, 5]}[change]
     results = functional.kernels.forward(
         *(arguments["input_ids"], mask, arguments["weight"].to(dtype), arguments["prompt"]),
-        *(None, None, None, None, 1.0, False, True, lengths),
+        *(None, None, None, None, 1.0, False, True, lengths, None),
     )
     assert results[0].shape == (1, sum(lengths) + 4, 20)
     written = results[0][:, : 2 * 2 + 6]

@@ -101,7 +101,9 @@ def _write_integers(
     types_s,
     labels_b,
     labels_s,
+    out_mask_b,
     PACKED: tl.constexpr,
+    PADDING: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     seen = tl.zeros([], tl.int32)  # mask-1 rows so far, the prompt's included
@@ -124,10 +126,13 @@ def _write_integers(
             row = first_row + s
             keep = s < S
         if out_mask is not None:
-            value = tl.where(is_prompt, 1, mask)
+            if PADDING is None:
+                value = tl.where(is_prompt, 1, mask)
+            else:
+                value = tl.where(real, 0.0, PADDING)
             if value.dtype == tl.float32:
                 value = round_to(value, out_mask.dtype.element_ty)
-            tl.store(out_mask + row, value, mask=keep)
+            tl.store(out_mask + b * out_mask_b + s, value, mask=keep)
         if token_type_ids is not None:
             kind = tl.load(token_type_ids + b * types_b + column * types_s, mask=is_token, other=0)
             tl.store(out_types + row, kind, mask=keep)
@@ -150,7 +155,7 @@ def _write_integers(
     do_not_specialize=[
         *["B", "n", "m", "V", "K", "T", "max_length", "tiles", "chunks", "integer_programs"],
         *["position_start", "embed_scale", "ids_b", "ids_s", "mask_b", "mask_s"],
-        *["types_b", "types_s", "labels_b", "labels_s", "index_b"],
+        *["types_b", "types_s", "labels_b", "labels_s", "index_b", "out_mask_b"],
     ]
 )
 def prepend_prompt_kernel(
@@ -167,7 +172,7 @@ def prepend_prompt_kernel(
     token_rank,  # [B, n] int32, from scan_mask_kernel, or None
     # outputs
     inputs_embeds,  # [B, S, d] or [T, d]
-    out_mask,  # [B, S] or None
+    out_mask,  # [B, S], rows out_mask_b apart, or None
     out_types,  # [B, S] or [T], or None
     out_labels,  # [B, S] or [T], or None
     out_positions,  # [B, S] or [T], int64, or None
@@ -202,8 +207,10 @@ def prepend_prompt_kernel(
     labels_b,
     labels_s,
     index_b,
+    out_mask_b,
     # constants
     SCALED: tl.constexpr,
+    PADDING: tl.constexpr,  # what out_mask has where there is no row, if 0 is what it has where there is; else None
     CHECK_LENGTHS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -244,7 +251,9 @@ def prepend_prompt_kernel(
             types_s,
             labels_b,
             labels_s,
+            out_mask_b,
             PACKED=lengths is not None,
+            PADDING=PADDING,
             BLOCK_S=BLOCK_S,
         )
         return
@@ -345,6 +354,7 @@ def forward(
     adjacent,
     packed,
     lengths,
+    additive_mask,
 ):
     """Allocate the outputs and launch; the arguments are `ptuning_fast.prepend_prompt`'s, already checked.
 
@@ -386,6 +396,8 @@ def forward(
 
     inputs_embeds = torch.empty((1, T, d) if packed else (B, S, d), dtype=weight.dtype, device=device)
     out_mask = None if packed else output(attention_mask)
+    if additive_mask is not None and out_mask is not None:
+        out_mask = torch.empty(B, 1, 1, triton.cdiv(S, 8) * 8, dtype=additive_mask, device=device)[..., :S]
     out_types, out_labels = output(token_type_ids), output(labels)
     if packed and position_start is None:
         position_start = 0
@@ -414,6 +426,8 @@ def forward(
                 *(*input_ids.stride(), *weight.stride(), *((0, 0, 0) + prompt.stride())[-3:]),
                 *(*strides(attention_mask), *strides(token_type_ids), *strides(labels)),
                 0 if prompt_index is None else prompt_index.stride(0),
+                0 if out_mask is None else out_mask.stride(0),
+                PADDING=None if additive_mask is None else torch.finfo(additive_mask).min,
                 SCALED=embed_scale != 1.0,
                 CHECK_LENGTHS=check_lengths,
                 ROWS=rows,
