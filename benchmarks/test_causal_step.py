@@ -1,14 +1,19 @@
-"""Whole training steps of a small Llama-like model, with labels on every token, by everyone who does them."""
+"""Whole training steps of a small Llama-like model, with labels on every token, by everyone who does them.
+
+Two shapes without padding, on which mode "shared" is compared, and real ragged text, on which "packed" is.
+"""
 
 import pytest
 import torch
 from measure import DEVICE, measure
+from text import docstring_batches
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptuning_fast import SoftPrompt
 
-SHAPES = {"long-prompt": (8, 32, 100), "short-prompt": (8, 64, 10)}  # B, n, m
+SHAPES = {"long-prompt": (8, 32, 100), "short-prompt": (8, 64, 10), "ragged": (16, None, 16)}  # B, n, m
+MAX_LENGTH = 128  # tokens that a text of the ragged batches is cut to
 V, D, LAYERS = 2000, 384, 6
 ROUNDS = 10  # at least
 
@@ -25,7 +30,8 @@ class TorchCat(nn.Module):
         prompt = self.prompt_embeddings.unsqueeze(0).expand(B, -1, -1)
         inputs_embeds = torch.cat([prompt, self.model.get_input_embeddings()(input_ids)], 1)
         mask = torch.cat([torch.ones(B, m).to(attention_mask.device), attention_mask], 1)
-        labels = torch.cat([torch.full((B, m), -100).to(input_ids.device), input_ids], 1)
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels = torch.cat([torch.full((B, m), -100).to(input_ids.device), labels], 1)
         return self.model(inputs_embeds=inputs_embeds, attention_mask=mask, labels=labels).loss
 
 
@@ -39,7 +45,8 @@ class Peft(nn.Module):
         self.prompt_embeddings.data.copy_(start)
 
     def forward(self, input_ids, attention_mask):
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=input_ids).loss
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
 
 
 class Fast(nn.Module):
@@ -50,13 +57,15 @@ class Fast(nn.Module):
         self.prompt_embeddings = self.prompt.prompt_embeddings
 
     def forward(self, input_ids, attention_mask):
-        return self.model(**self.prompt(input_ids, attention_mask, labels=input_ids, mode=self.mode)).loss
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        return self.model(**self.prompt(input_ids, attention_mask, labels=labels, mode=self.mode)).loss
 
 
 IMPLEMENTATIONS = {
     "torch.cat": TorchCat,
     "PEFT": Peft,
     "ptuning-fast, prepend": Fast,
+    "ptuning-fast, packed": lambda model, start: Fast(model, start, "packed"),
     "ptuning-fast, shared": lambda model, start: Fast(model, start, "shared"),
 }
 
@@ -75,8 +84,11 @@ def test_causal_step(benchmark, request, model, shape, name):
     B, n, m = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(m, D, generator=generator).to(DEVICE)
-    ids = [torch.randint(V, (B, n), generator=generator).to(DEVICE) for _ in range(8)]
-    mask = torch.ones_like(ids[0])
+    if n is None:
+        batches = [(ids % V, mask) for ids, mask, _ in docstring_batches(8, B, MAX_LENGTH)]
+    else:
+        batches = [(torch.randint(V, (B, n), generator=generator), torch.ones(B, n).long()) for _ in range(8)]
+    batches = [(ids.to(DEVICE), mask.to(DEVICE)) for ids, mask in batches]
 
     def step(implementation):
         module = implementation(model, start).to(DEVICE)
@@ -84,7 +96,7 @@ def test_causal_step(benchmark, request, model, shape, name):
 
         def run(number):
             optimizer.zero_grad()
-            loss = module(ids[number % len(ids)], mask)
+            loss = module(*batches[number % len(batches)])
             loss.backward()
             optimizer.step()
             return loss.detach()
@@ -94,7 +106,7 @@ def test_causal_step(benchmark, request, model, shape, name):
     (module, run), (_, ours) = step(IMPLEMENTATIONS[name]), step(Fast)
     results = []
     for one in (module, TorchCat(model, start)):
-        loss = one(ids[0], mask)
+        loss = one(*batches[0])
         results.append((loss.detach(), torch.autograd.grad(loss, one.prompt_embeddings)[0]))
     errors = [((actual - truth).abs().max() / truth.abs().max()).item() for actual, truth in zip(*results)]
     assert max(errors) <= 1000 * torch.finfo(torch.float32).eps  # six layers of roundings in another order
@@ -102,8 +114,8 @@ def test_causal_step(benchmark, request, model, shape, name):
     benchmark.extra_info |= {
         "benchmark": "training step",
         "implementation": name,
-        "shape": f"Llama-like, m={m}, n={n}",
-        "sizes": {"B": B, "n": n, "m": m, "d": D},
+        "shape": f"Llama-like, m={m}, n={n or f'real text, up to {MAX_LENGTH}'}",
+        "sizes": {"B": B, "n": n or f"<= {MAX_LENGTH}", "m": m, "d": D},
         "dtype": "fp32",
         "direction": "step",
         "match": "equal" if not any(errors) else f"loss within {errors[0]:.1g}, gradients within {errors[1]:.1g}",

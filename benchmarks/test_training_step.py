@@ -70,6 +70,7 @@ IMPLEMENTATIONS = {
     "PEFT": peft,
     AUTOCAST: reference,
     OURS: fast(),
+    "ptuning-fast, additive mask": fast(additive_mask=True),
     "ptuning-fast, pruned": fast(prune=True),
     "ptuning-fast, packed": fast(mode="packed", prune=False),
     "ptuning-fast, packed and pruned": fast(mode="packed"),

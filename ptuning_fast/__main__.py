@@ -18,7 +18,16 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--text-column", default="text", help="column of the texts")
     train.add_argument("--label-column", default="label", help="column of the labels")
     train.add_argument("--output", default="prompt-tuning-adapter", help="folder for the adapter")
-    train.add_argument("--mode", choices=["prepend", "packed"], default="prepend", help="packed: without the padding")
+    train.add_argument(
+        "--mode",
+        choices=["auto", "prepend", "packed"],
+        default="auto",
+        help="packed leaves the padding out: the same up to rounding, and faster; prepend is the torch.cat layout, for "
+        "models that packed refuses; auto is packed where the model can be packed",
+    )
+    train.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the frozen linear layers"
+    )
     train.add_argument("--prompt-length", type=_whole(0), default=16, help="rows of the prompt")
     train.add_argument("--init", default="vocab", help="what the prompt starts as: normal, vocab or a text")
     train.add_argument(

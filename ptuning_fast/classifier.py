@@ -1,7 +1,6 @@
 """FastPTuning: the drop-in for the torch.cat module, a frozen model with a prompt in front and a linear head."""
 
 from contextlib import ExitStack, nullcontext
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,13 +13,13 @@ from . import adapter, embedding
 from .additive_mask import takes_additive_mask
 from .initial import initial_prompt
 from .packing import check_packable, packed_attention, refuse_checkpointing
+from .pooling import POOLINGS, mean_of_tokens, pooled_columns, pooled_rows
 from .precision import DTYPES, store_linears
 from .pruning import pooled_rows_only, prunable
 from .serving import Serving, is_causal
 
 __all__ = ["FastPTuning"]
 
-POOLINGS = ("first", "cls", "mean", "last")
 MODES = ("prepend", "packed")
 
 
@@ -108,8 +107,6 @@ class FastPTuning(nn.Module):
             )
         if mode == "packed":
             check_packable(self.bert)
-            if self._serving.counts_columns:
-                raise TypeError(f"{type(self.bert).__name__} takes no position_ids, which mode='packed' needs")
         prune = (mode == "packed") if prune is None else prune
         self.prune = bool(prune) and pooling != "mean" and prunable(self.bert)
         self.additive_mask = additive_mask and mode == "prepend" and takes_additive_mask(self.bert)
@@ -235,38 +232,20 @@ class FastPTuning(nn.Module):
         """[B]: where the pooled row of each text stands in the hidden state; not for `"mean"`."""
         (B, n), m = input_ids.shape, self.prompt_length
         if self.mode == "packed":
-            ends = inputs["cu_seq_lens_q"].long()
-            if self.pooling == "last":
-                return ends[1:] - 1
-            return ends[:-1] if self.pooling == "first" else torch.minimum(ends[:-1] + m, ends[1:] - 1)
-        if attention_mask is None or (self.pooling == "first" and self._as_reference):
-            return torch.full((B,), {"first": 0, "cls": m, "last": m + n - 1}[self.pooling], device=input_ids.device)
-        there = attention_mask != 0
-        if self.pooling == "first":
-            return there.cumsum(1).eq(0).sum(1)  # behind the padding on the left
-        if self.pooling == "cls":
-            return m + there.int().argmax(1)
-        return m + n - 1 - there.flip(1).int().argmax(1)
+            return pooled_rows(self.pooling, m, inputs["cu_seq_lens_q"].long())
+        place = {"adjacent": not self._as_reference, "B": B, "device": input_ids.device}
+        return pooled_columns(self.pooling, m, n, attention_mask, **place)
 
     def _pool(self, hidden, inputs, input_ids, attention_mask):
         """[B, d]"""
-        m = self.prompt_length
         if self.prune:
             return hidden.reshape(len(input_ids), -1)
-        if self.pooling != "mean":
-            columns = self._columns(inputs, input_ids, attention_mask)
-            if self.mode == "packed":
-                return hidden[0, columns]
-            return hidden.take_along_dim(columns[:, None, None], 1)[:, 0]
+        if self.pooling == "mean":
+            return mean_of_tokens(hidden, self.prompt_length, attention_mask, inputs.get("cu_seq_lens_q"))
+        columns = self._columns(inputs, input_ids, attention_mask)
         if self.mode == "packed":
-            ends = inputs["cu_seq_lens_q"].tolist()
-            texts = hidden[0].split([end - start for start, end in pairwise(ends)])
-            return torch.stack([text[m:].sum(0) / max(len(text) - m, 1) for text in texts])
-        text = hidden[:, m:]
-        if attention_mask is None:
-            return text.mean(1)
-        there = (attention_mask != 0)[:, :, None]
-        return torch.where(there, text, 0).sum(1) / there.sum(1).clamp(min=1)
+            return hidden[0, columns]
+        return hidden.take_along_dim(columns[:, None, None], 1)[:, 0]
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
         """The encoder's own, which `transformers.Trainer` asks for."""

@@ -10,6 +10,7 @@ import contextlib
 from torch import nn
 from transformers import AttentionInterface
 
+from .positions import counts_columns
 from .varlen import Sequences, varlen_attention
 
 __all__ = ["check_packable", "packed_attention", "refuse_checkpointing", "serve_packed"]
@@ -33,6 +34,8 @@ def check_packable(model: nn.Module) -> None:
         )
     if config.get_text_config() is not config:
         raise TypeError(f"{name} is more than a text model, which packed batches are for: take mode='prepend'")
+    if counts_columns(model):
+        raise TypeError(f"{name} takes no position_ids, which packed batches need: take mode='prepend'")
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds <= {"full_attention", "sliding_attention"}:
         others = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))

@@ -12,6 +12,7 @@ from . import adapter
 from .classifier import FastPTuning
 from .docstrings import stdlib_docstrings
 from .encoder import DEMO, load_encoder
+from .packing import check_packable
 from .reference import ReferencePTuning
 from .serving import is_causal
 from .tables import InputError, read_labelled
@@ -44,7 +45,8 @@ def run(options) -> None:
             len(names),
             pooling=options.pooling or _pooling(encoder),
             init=options.init,
-            mode=options.mode,
+            mode=_mode(encoder, options),
+            precision=None if options.precision == "fp32" else options.precision,
             id2label=dict(enumerate(names)),
         )
     except (TypeError, ValueError) as error:
@@ -73,6 +75,16 @@ def run(options) -> None:
 
 def _pooling(encoder):
     return "last" if not encoder.config.is_encoder_decoder and is_causal(encoder) else "mean"
+
+
+def _mode(encoder, options):
+    if options.mode != "auto":
+        return options.mode
+    try:
+        check_packable(encoder)
+    except TypeError:
+        return "prepend"
+    return "packed" if options.prompt_length else "prepend"
 
 
 def _data(options):

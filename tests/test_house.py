@@ -28,6 +28,7 @@ RANKS = {
     "reparameterization": 0,
     "initial": 1,
     "additive_mask": 0,
+    "pooling": 0,
     "precision": 0,
     "pruning": 0,
     "varlen": 0,
