@@ -51,6 +51,22 @@ def test_same_as_each_text_alone(name, side):
     assert_close(*grads)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PACKABLE)
+def test_on_a_gpu(name, dtype):
+    """Whatever the attention there; in bf16 as far from fp32 as a text alone is, times three."""
+    model, rows = zoo.build(name).cuda(), [text.cuda() for text in zoo.texts()]
+    prompt = SoftPrompt(model, zoo.M)
+    truth = [zoo.by_hand(model, prompt.prompt_embeddings, text) for text in rows]
+    model.to(dtype)
+    alone = [zoo.by_hand(model, prompt.prompt_embeddings, text).float() for text in rows]
+    inputs = prompt(*zoo.padded(rows, "left"), mode="packed")
+    packed = [out.float() for out in texts_of(zoo.rows_out(model, inputs), inputs)]
+    budget = 3 * max((one - other).abs().max() for one, other in zip(alone, truth)) + zoo.TOLERANCE
+    assert max((one - other).abs().max() for one, other in zip(packed, truth)) <= budget
+
+
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 2"])
 def test_loss_and_labels(name):
     """The padded batch's loss: no sequence's last token predicts the next sequence's prompt."""
