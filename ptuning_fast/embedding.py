@@ -54,10 +54,13 @@ def unreadable(embedding: nn.Module) -> str | None:
     if isinstance(embedding, FSDPModule):  # it puts a class of its own before the module's, and its own hooks around
         kind = kind.__mro__[2]
         hooks = [hook for hook in hooks if type(getattr(hook, "__self__", None)).__name__ != "FSDPState"]
-    if kind is not nn.Embedding and not (issubclass(kind, nn.Embedding) and kind.__name__.endswith(_SCALED)):
+    scaled = kind.__name__.endswith(_SCALED) and kind.__module__.startswith("transformers.")
+    if kind is not nn.Embedding and not (issubclass(kind, nn.Embedding) and scaled):
         return "it is not a plain nn.Embedding"
-    if hooks or "forward" in vars(embedding):
+    if hooks or "forward" in vars(embedding) or nn.Embedding.forward.__module__ != nn.Embedding.__module__:
         return "it has hooks, or a forward of its own"
+    if any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS):
+        return "there are hooks on every module"
     if embedding._backward_hooks or embedding._backward_pre_hooks:
         return "it has backward hooks"
     if embedding.max_norm is not None:
@@ -76,6 +79,8 @@ def _is_sharded(weight):
     return DTensor is not None and isinstance(weight, DTensor)
 
 
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+_GLOBAL_HOOKS += ("_global_backward_pre_hooks",)
 # transformers' embeddings that multiply by `embed_scale` and do nothing else (Bart, Gemma 3, ... ).
 _SCALED = "ScaledWordEmbedding"
 

@@ -13,12 +13,12 @@ known for what it is, and after PEFT has written a new adapter it is known to be
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from . import adapter
+from .serving import is_a, unwrapped
 
 __all__ = ["load", "peft_config", "save", "save_bank"]
 
@@ -31,13 +31,14 @@ TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
+_SUBMODULES = "num_transformer_submodules"
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def peft_config(model: nn.Module, base_model: str, length: int, d: int) -> dict:
     """The settings of a PROMPT_TUNING adapter for `model`, with the keys that PEFT writes."""
-    name = type(model).__name__
-    task = next((task for end, task in TASKS.items() if name.endswith(end)), "FEATURE_EXTRACTION")
+    model = unwrapped(model)
+    task = next((task for end, task in TASKS.items() if is_a(model, end)), "FEATURE_EXTRACTION")
     if model.config.is_encoder_decoder and task == "FEATURE_EXTRACTION":
         task = "SEQ_2_SEQ_LM"
     text = model.config.get_text_config()
@@ -63,9 +64,13 @@ def peft_config(model: nn.Module, base_model: str, length: int, d: int) -> dict:
 
 
 def head_of(model: nn.Module, task: str) -> dict[str, Tensor]:
-    """The parameters outside the base model of a classifier: {"classifier.weight": ...}; none for other tasks."""
-    if task not in HEADS:
+    """The parameters outside the base model of a classifier: {"classifier.weight": ...}; none for other tasks.
+
+    None either of a model that PEFT has wrapped (LoRA and the like): it keeps its head with its own adapter.
+    """
+    if task not in HEADS or hasattr(getattr(model, "_orig_mod", model), "peft_config"):
         return {}
+    model = unwrapped(model)
     inner = model.base_model_prefix + "."
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inner)}
 
@@ -89,7 +94,7 @@ def save(folder: str | Path, rows: Tensor, head: dict[str, Tensor], config: dict
     adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
     if resume is None:
         if (folder / RESUME).is_file():
-            _remove_bank(folder, 0)
+            _remove_bank(folder, 0, _bank_size(folder))
             (folder / RESUME).unlink()
     else:  # no crash came in between: what was there before has no claim any more
         _save_resume(folder, *resume, belongs_to=_digest(folder / adapter.WEIGHTS))
@@ -99,19 +104,31 @@ def save_bank(folder: str | Path, rows: Tensor, head: dict[str, Tensor], config:
     """Write a bank [K, m, d]: `resume` for us, and each prompt in a folder of its own for PEFT."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    before = _bank_size(folder)
     _save_resume(folder, *resume, belongs_to=None)
     for name in (adapter.WEIGHTS, adapter.CONFIG):
         (folder / name).unlink(missing_ok=True)
     for place, prompt in enumerate(rows):
         save(folder / str(place), prompt, head, config)
-    _remove_bank(folder, len(rows))
+    _remove_bank(folder, len(rows), before)
 
 
-def _remove_bank(folder, first):
-    """The prompts from number `first` on of a bank that was saved here before."""
-    for old in folder.iterdir():
-        if old.name.isdecimal() and int(old.name) >= first and (old / adapter.WEIGHTS).is_file():
-            shutil.rmtree(old)
+def _bank_size(folder):
+    """How many prompts the bank has that was saved here before; 0 where there is none."""
+    try:
+        return adapter.read(folder / RESUME)[1].get("num_prompts") or 0
+    except (OSError, ValueError):
+        return 0
+
+
+def _remove_bank(folder, first, end):
+    """The adapters of prompts `first` to `end` of a bank that was saved here before; nothing else in their folders."""
+    for number in range(first, end):
+        place = folder / str(number)
+        for name in (adapter.WEIGHTS, adapter.CONFIG):
+            (place / name).unlink(missing_ok=True)
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _save_resume(folder, tensors, settings, belongs_to):
@@ -152,7 +169,13 @@ def load(folder: str | Path):
         kind = config.get("peft_type", "of another kind")
         raise ValueError(f"the adapter in {folder} is {kind}; a SoftPrompt is {' or '.join(PEFT_TYPES)}")
     # PEFT keeps a second prompt for the decoder of an encoder-decoder, which its forward does not use.
-    rows = tensors.pop("prompt_embeddings")[: config["num_virtual_tokens"]]
+    rows, m, copies = (tensors.pop("prompt_embeddings"), *map(config.get, ("num_virtual_tokens", _SUBMODULES)))
+    if not isinstance(m, int) or rows.dim() != 2 or len(rows) not in (m, m * (copies or 1)):
+        raise ValueError(
+            f"the adapter in {folder} is damaged: its prompt is {list(rows.shape)}, and its settings say "
+            f"num_virtual_tokens={m!r}, {_SUBMODULES}={copies!r}"
+        )
+    rows = rows[:m]
     head = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
     return rows, head, config, None
 

@@ -5,6 +5,8 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from .trial import trial
+
 __all__ = ["pooled_rows_only", "prunable"]
 
 # Where in the last layer the rows part: behind the attention, which needs them all, and before anything is added up.
@@ -20,21 +22,16 @@ _LAST = {
 }
 
 
-@torch.no_grad()
 def prunable(model: nn.Module) -> bool:
     """Whether `pooled_rows_only` is right for `model`: an architecture that is known, and tried out on three tokens."""
     if type(model).__name__ not in _LAST:
         return False
-    was_training = model.training
-    model.eval()
-    try:
+    with trial(model):
         table = model.get_input_embeddings()
         ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=table.weight.device)
         full = model(input_ids=ids).last_hidden_state[:, 1:2]
         with pooled_rows_only(model, torch.tensor([1, 1], device=ids.device)):
             pruned = model(input_ids=ids).last_hidden_state
-    finally:
-        model.train(was_training)
     return pruned.shape == full.shape and torch.allclose(pruned, full, rtol=1e-3, atol=1e-3)
 
 

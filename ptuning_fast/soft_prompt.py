@@ -6,16 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import embedding, padding_free, peft_files
+from . import padding_free, peft_files
 from .initial import initial_prompt
-from .packing import check_packable, serve_packed
+from .inputs import MODES, check, model_inputs
 from .reparameterization import PromptEncoder
 from .serving import Serving, unwrapped
-from .shared import cached_rows, check_shareable
 
 __all__ = ["SoftPrompt"]
-
-MODES = ("prepend", "packed", "shared")
 
 
 class SoftPrompt(nn.Module):
@@ -56,7 +53,7 @@ class SoftPrompt(nn.Module):
         super().__init__()
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
-        self._serving, self._packable, self._shareable = Serving(model), False, False
+        self._serving = Serving(model)
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -136,69 +133,14 @@ class SoftPrompt(nn.Module):
         }
         if flattened:
             tokens, lengths = padding_free.as_rows(tokens, **flattened)
-            attention_mask = tokens["attention_mask"]
         serving.check_room(self.length, tokens["input_ids"].shape[-1])
-        if mode == "packed":
-            return self._packed(tokens, labels if not per_token else None, prompt_index, lengths)
-        tokens = serving.turned(tokens)
-        prompt, start, cache, first = self.embeddings(), serving.positions_from(attention_mask), None, self.length - 1
-        if mode == "shared" and first > 0:
-            cache = self._cached(prompt[..., :first, :], tokens, prompt_index)
-            prompt, start = prompt[..., first:, :], None if start is None else start + first
-        inputs = embedding.prepend(
-            self.model.get_input_embeddings(),
-            tokens.pop("input_ids"),
-            tokens.pop("attention_mask"),
-            prompt=prompt,
-            prompt_index=prompt_index,
-            adjacent=True,
-            position_start=start,
-            **tokens,
-        )
-        if cache is not None:
-            inputs["past_key_values"] = cache
-            if "attention_mask" in inputs:
-                mask = inputs["attention_mask"]
-                inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), first), mask], 1)
+        check(mode, self.model, serving)
+        if mode == "packed" and labels is not None and not per_token:
+            raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
+        inputs = model_inputs(mode, self.model, serving, tokens, self.embeddings(), prompt_index, lengths)
         if labels is not None and not per_token:
             inputs["labels"] = labels
         return inputs
-
-    def _packed(self, tokens, labels, prompt_index, lengths):
-        if not self._packable:
-            self._serving.check_per_token()
-            check_packable(unwrapped(self.model))
-            self._packable = True
-        if labels is not None:
-            raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
-        serve_packed(unwrapped(self.model))
-        inputs = embedding.prepend(
-            self.model.get_input_embeddings(),
-            tokens.pop("input_ids"),
-            tokens.pop("attention_mask"),
-            prompt=self.embeddings(),
-            prompt_index=prompt_index,
-            position_start=self._serving.position_start,
-            packed=True,
-            lengths=lengths,
-            **tokens,
-        )
-        if "position_ids" not in self._serving.takes:  # distances alone count there, and the attention knows them
-            del inputs["position_ids"]
-        return inputs
-
-    def _cached(self, rows, tokens, prompt_index):
-        if not self._shareable:
-            check_shareable(self.model)
-            self._shareable = True
-        mask = tokens["attention_mask"]
-        windows = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if windows is not None and mask is not None and (mask[:, :1] == 0).any():
-            raise ValueError(
-                f"{type(self.model).__name__} has sliding windows, which padding between prompt and text would shift: "
-                "pad on the right (tokenizer.padding_side = 'right'), or take mode='prepend'"
-            )
-        return cached_rows(self.model, rows, len(tokens["input_ids"]), prompt_index)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prompt, and a classifier's head with it, as an adapter that `peft.PeftModel.from_pretrained` loads.
@@ -245,7 +187,7 @@ class SoftPrompt(nn.Module):
                 f"it was trained on another model ({config.get('base_model_name_or_path')})"
             )
         ours, theirs = getattr(model.config, "_name_or_path", ""), config.get("base_model_name_or_path")
-        if ours and theirs and Path(ours).name != Path(theirs).name and not any_base:
+        if ours and theirs and not any_base and not _same_base(str(ours), str(theirs)):
             raise ValueError(
                 f"the prompt in {folder} was trained on {theirs}, and this is {ours}: "
                 "load that model, or say any_base=True"
@@ -260,6 +202,9 @@ class SoftPrompt(nn.Module):
         rng = torch.random.get_rng_state()
         prompt = cls(model, len(start), init=start, num_prompts=settings.get("num_prompts"), encoder=kind, **options)
         torch.random.set_rng_state(rng)
+        for name, parameter in prompt.named_parameters():
+            if name in tensors:
+                parameter.data = parameter.data.to(tensors[name].dtype)
         prompt.load_state_dict(tensors)
         return prompt
 
@@ -275,8 +220,15 @@ class SoftPrompt(nn.Module):
         return copied
 
 
+def _same_base(ours, theirs):
+    """Whether two names may be of one model: hub ids as they are; a folder, which may have moved, by its own name."""
+    hub_ids = all(name.count("/") == 1 and not Path(name).exists() for name in (ours, theirs))
+    return ours == theirs if hub_ids else Path(ours).name == Path(theirs).name
+
+
 def _load_head(model, head, folder):
     """Copy the saved parameters of a task head into the model, all or none."""
+    model = unwrapped(model)
     own = model.state_dict()
     for name, tensor in head.items():
         if name not in own or own[name].shape != tensor.shape:

@@ -20,7 +20,7 @@ def assert_called(model, prompt, reason):
     out = zoo.rows_out(model, {key: value for key, value in inputs.items() if key != "labels"})
     for row, text in enumerate(zoo.texts()):
         alone = zoo.by_hand(model, prompt.prompt_embeddings, text)
-        assert (zoo.real_rows(model, out, mask, row) - alone).abs().max() <= zoo.TOLERANCE
+        assert (zoo.real_rows(model, out, inputs, row) - alone).abs().max() <= zoo.TOLERANCE
     assert torch.equal(inputs["labels"][:, zoo.M :][mask == 1], ids[mask == 1])
     inputs["inputs_embeds"].sum().backward()
     assert torch.allclose(prompt.prompt_embeddings.grad, torch.full((zoo.M, zoo.D), 4.0))

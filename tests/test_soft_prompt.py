@@ -81,11 +81,12 @@ def test_real_weights(minilm, silent):
     for side in ("left", "right"):
         tokenizer.padding_side = side
         batch = tokenizer(words, padding=True, return_tensors="pt")
-        out = model(**prompt(**batch)).last_hidden_state
+        inputs = prompt(**batch)
+        out = model(**inputs).last_hidden_state
         for row, text in enumerate(words):
             ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
             alone = zoo.by_hand(model, prompt.prompt_embeddings, ids)
-            rows = zoo.real_rows(model, out, batch["attention_mask"], row)
+            rows = zoo.real_rows(model, out, inputs, row)
             assert (rows - alone).abs().max() <= zoo.TOLERANCE
 
 
@@ -259,10 +260,11 @@ def test_bank_of_prompts():
     assert not torch.equal(bank.prompt_embeddings[0], bank.prompt_embeddings[1])
     ids, mask = zoo.padded(rows, "left")
     index = torch.tensor([2, 0, 2, 0])
-    out = model(**bank(ids, mask, prompt_index=index)).logits
+    inputs = bank(ids, mask, prompt_index=index)
+    out = model(**inputs).logits
     for row, text in enumerate(rows):
         alone = zoo.by_hand(model, bank.prompt_embeddings[index[row]], text)
-        assert (zoo.real_rows(model, out, mask, row) - alone).abs().max() <= zoo.TOLERANCE
+        assert (zoo.real_rows(model, out, inputs, row) - alone).abs().max() <= zoo.TOLERANCE
     out[2:].square().sum().backward()
     gradient = bank.prompt_embeddings.grad.abs().sum((1, 2))
     assert (gradient > 0).tolist() == [True, False, True]

@@ -111,12 +111,9 @@ def by_hand(model, prompt, text):
     )[0]
 
 
-def real_rows(model, out, mask, row):
+def real_rows(model, out, inputs, row):
     """Of one row of a batch's output, what belongs to the prompt and to the text, in that order."""
-    if model.config.is_encoder_decoder:
-        return out[row]
-    k = int(mask[row].long().argmax())  # padding on the left, which stands in front of the prompt
-    return out[row, k : k + M + int(mask[row].sum())]
+    return out[row] if model.config.is_encoder_decoder else out[row][inputs["attention_mask"][row] != 0]
 
 
 def measured(name, device="cpu"):
@@ -135,11 +132,12 @@ def measured(name, device="cpu"):
     for side in ("right", "left"):
         ids, mask = padded(rows, side)
         try:
-            out = rows_out(model, prompt(ids, mask))
+            inputs = prompt(ids, mask)
         except ValueError as error:
             found[side] = str(error)
             continue
-        actual = [real_rows(model, out, mask, row) for row in range(len(rows))]
+        out = rows_out(model, inputs)
+        actual = [real_rows(model, out, inputs, row) for row in range(len(rows))]
         difference = max((one - other).abs().max().item() for one, other in zip(actual, expected))
         loss = sum((out * weight).sum() for out, weight in zip(actual, weights))
         (grad,) = torch.autograd.grad(loss, prompt.prompt_embeddings)
