@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .by_length import by_length
+
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
@@ -45,8 +47,14 @@ class Sequences:
         """
         if self._groups is None:
             lengths = [end - start for start, end in pairwise(self.cu_seq_lens.tolist())]
-            self._groups = [(len(list(same)), n) for n, same in groupby(lengths) if n]
+            self._groups = [(len(list(same)), n) for n, same in groupby(lengths)]
         return self._groups
+
+    def of_queries(self, query: Tensor, key: Tensor) -> tuple[Tensor, int]:
+        """(ends, longest) of the queries: those of the sequences, or of one row for each."""
+        if len(query) == len(key):
+            return self.cu_seq_lens, self.max_length
+        return torch.arange(len(query) + 1, dtype=torch.int32, device=query.device), 1
 
 
 def varlen_attention(
@@ -61,10 +69,11 @@ def varlen_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """[T, H, e], in query's dtype.
+    """[T, H, e], or [B, H, e], in query's dtype.
 
     Args:
-        query, key, value: [T, H, e] and twice [T, G, e], in one dtype.
+        query, key, value: [T, H, e] and twice [T, G, e], in one dtype. Or query [B, H, e]: one row for each sequence,
+            which sees all of it; not with `causal` or `window`.
         causal: whether a row sees itself and those before it alone.
         window: rows as far away as this or farther are not seen.
         scale: factor on the scores; 1 / sqrt(e) by default.
@@ -99,10 +108,10 @@ def backend_for(query: Tensor, *, window: int | None, softcap: float | None):
 
 def flash_attn(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
     """The package flash-attn (Dao 2023, arXiv 2307.08691)."""
-    ends, longest = sequences.cu_seq_lens, sequences.max_length
+    (ends_q, longest_q), ends, longest = sequences.of_queries(query, key), sequences.cu_seq_lens, sequences.max_length
     back, ahead = _flash_window(window, causal)
     return flash_attn_varlen_func(
-        *(query, key, value, ends, ends, longest, longest),
+        *(query, key, value, ends_q, ends, longest_q, longest),
         dropout_p=dropout,
         softmax_scale=scale,
         causal=causal,
@@ -113,10 +122,10 @@ def flash_attn(query, key, value, sequences, *, causal, window, scale, softcap, 
 
 def torch_flash(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
     """The same as torch has it: `torch.nn.attention.varlen` calls this operator too, without dropout."""
-    ends, longest = sequences.cu_seq_lens, sequences.max_length
+    (ends_q, longest_q), ends, longest = sequences.of_queries(query, key), sequences.cu_seq_lens, sequences.max_length
     back, ahead = _flash_window(window, causal)
     return torch.ops.aten._flash_attention_forward(
-        *(query, key, value, ends, ends, longest, longest, dropout, causal, False),
+        *(query, key, value, ends_q, ends, longest_q, longest, dropout, causal, False),
         scale=scale,
         window_size_left=back,
         window_size_right=ahead,
@@ -133,10 +142,10 @@ def _flash_window(window, causal):
 def jagged(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
     """torch's jagged nested tensors through its fused attention."""
     key, value = (_for_each_head(one, query) for one in (key, value))
-    longest = sequences.max_length
+    of_keys = sequences.cu_seq_lens, sequences.max_length
     nested = [
-        torch.nested.nested_tensor_from_jagged(one, sequences.cu_seq_lens.long(), min_seqlen=1, max_seqlen=longest)
-        for one in (query, key, value)
+        torch.nested.nested_tensor_from_jagged(one, ends.long(), min_seqlen=1, max_seqlen=longest)
+        for one, (ends, longest) in zip((query, key, value), (sequences.of_queries(query, key), of_keys, of_keys))
     ]
     out = F.scaled_dot_product_attention(
         *(one.transpose(1, 2) for one in nested), dropout_p=dropout, is_causal=causal, scale=scale
@@ -144,54 +153,5 @@ def jagged(query, key, value, sequences, *, causal, window, scale, softcap, drop
     return out.transpose(1, 2).values()
 
 
-def by_length(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
-    """One call for the neighbouring sequences of each length."""
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype in HALF:
-        query, key, value = query.float(), key.float(), value.float()  # torch's gradient in half is 5 times as slow
-    if softcap is not None:
-        key, value = (_for_each_head(one, query) for one in (key, value))
-    groups = sequences.groups()
-    # Split, not sliced: the gradient is then one concatenation.
-    parts = [one.split([g * n for g, n in groups]) for one in (query, key, value)]
-    out = []
-    with torch.autocast(query.device.type, enabled=False):
-        for (g, n), *rows in zip(groups, *parts):
-            q, k, v = (one.view(g, n, *one.shape[1:]).transpose(1, 2) for one in rows)
-            mask = _window_mask(n, window, causal, q.device)
-            if softcap is not None:
-                seen = _softcapped(q, k, v, mask, causal, scale, softcap, dropout)
-            else:
-                seen = F.scaled_dot_product_attention(
-                    *(q, k, v),
-                    attn_mask=mask,
-                    dropout_p=dropout,
-                    is_causal=causal and mask is None,
-                    scale=scale,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            out.append(seen.transpose(1, 2).reshape(g * n, *seen.shape[1::2]))
-    return torch.cat(out).to(dtype) if out else torch.zeros_like(query)
-
-
 def _for_each_head(one, query):
     return one.repeat_interleave(query.shape[1] // one.shape[1], 1)
-
-
-def _window_mask(n, window, causal, device):
-    """[n, n], True where a query may look; None: everywhere, or what `causal` says."""
-    if window is None or n <= window:
-        return None
-    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
-    return ((distance >= 0) if causal else (distance > -window)) & (distance < window)
-
-
-def _softcapped(q, k, v, mask, causal, scale, softcap, dropout):
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.tanh((q @ k.transpose(2, 3)) * scale / softcap) * softcap
-    if mask is None and causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout) @ v

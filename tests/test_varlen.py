@@ -170,5 +170,5 @@ def test_no_rows():
 
 def test_groups():
     one = sequences()
-    assert one.groups() == [(2, 5), (1, 1), (1, 12), (1, 3)]
+    assert one.groups() == [(2, 5), (1, 1), (1, 0), (1, 12), (1, 3)]
     assert Sequences(one.cu_seq_lens).max_length == 12
