@@ -14,31 +14,27 @@ def by_length(query, key, value, sequences, *, causal, window, scale, softcap, d
     dtype = query.dtype
     if query.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()  # torch's gradient in half is 5 times as slow
-    groups, T = sequences.groups(), len(key)
-    rows = [(g, n if len(query) == T else 1, n) for g, n in groups]
-    plain = not (causal or window or softcap or dropout) and query.shape[1] == key.shape[1]
+    groups = sequences.groups()
+    plain = not (causal or window or softcap) and query.shape[1] == key.shape[1]
     with torch.autocast(query.device.type, enabled=False):
         if plain and query.device.type == "cpu" and query.dtype == torch.float32:
-            out = _FullAttention.apply(query, key, value, rows, query.shape[-1] ** -0.5 if scale is None else scale)
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            out = _FullAttention.apply(query, key, value, groups, scale, dropout)
         else:
-            out = _calls(query, key, value, rows, causal, window, scale, softcap, dropout)
+            out = _calls(query, key, value, groups, causal, window, scale, softcap, dropout)
     return out.to(dtype)
 
 
-def _calls(query, key, value, rows, causal, window, scale, softcap, dropout):
+def _calls(query, key, value, groups, causal, window, scale, softcap, dropout):
     if softcap is not None:
         key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
     out = []
     # Split, not sliced: the gradient is then one concatenation.
-    parts = [
-        query.split([g * n for g, n, _ in rows]),
-        *(one.split([g * n for g, _, n in rows]) for one in (key, value)),
-    ]
-    for (g, _, n), *tensors in zip(rows, *parts):
+    parts = [one.split([g * n for g, n in groups]) for one in (query, key, value)]
+    for (g, n), *tensors in zip(groups, *parts):
         if n == 0:
-            out.append(torch.zeros_like(tensors[0]))
             continue
-        q, k, v = (one.view(g, -1, *one.shape[1:]).transpose(1, 2) for one in tensors)
+        q, k, v = (one.view(g, n, *one.shape[1:]).transpose(1, 2) for one in tensors)
         mask = _window_mask(n, window, causal, q.device)
         if softcap is not None:
             seen = _softcapped(q, k, v, mask, causal, scale, softcap, dropout)
@@ -78,23 +74,24 @@ class _FullAttention(torch.autograd.Function):
     """Softmax of the scores, every row seeing its whole sequence, in matrix products of a group of sequences at a time.
 
     torch's own fused attention takes a third longer at the lengths of texts, its gradient above all. The weights are
-    kept for the gradient: 4 bytes for each pair of rows and head.
+    kept for the gradient: 4 bytes for each pair of rows and head, and twice as many more under dropout.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, rows, scale):
-        ctx.rows, ctx.scale = rows, scale
+    def forward(ctx, query, key, value, groups, scale, dropout):
+        ctx.groups, ctx.scale, ctx.dropout = groups, scale, dropout
         out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
-        for places, sizes in _places(rows):
-            if sizes[2] == 0:
-                out[places[0]] = 0
-                continue
-            q, k, v = (_heads_first(one, place, sizes[0]) for one, place in zip((query, key, value), places))
-            q = q.mul_(scale) if q.data_ptr() != query[places[0]].data_ptr() else q * scale
+        for g, place in _places(groups):
+            q, k, v = (_heads_first(one[place], g) for one in (query, key, value))
+            q = q * scale
             weights = torch.bmm(q, k.transpose(1, 2))
             torch.softmax(weights, -1, out=weights)
-            _rows_first(torch.bmm(weights, v), out, places[0], sizes[0])
             kept += [q, k, v, weights]
+            if dropout:
+                factors = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout)
+                weights = weights * factors
+                kept += [factors, weights]
+            _rows_first(torch.bmm(weights, v), out[place], g)
         ctx.save_for_backward(*kept)
         return out
 
@@ -102,38 +99,37 @@ class _FullAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         kept = iter(ctx.saved_tensors)
-        T, queries = (sum(g * n for g, *ns in ctx.rows for n in ns[which : which + 1]) for which in (1, 0))
-        grads = [grad.new_empty(length, *grad.shape[1:]) for length in (queries, T, T)]
-        for places, sizes in _places(ctx.rows):
-            if sizes[2] == 0:
-                grads[0][places[0]] = 0
-                continue
+        of_query, of_key, of_value = (torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(3))
+        for g, place in _places(ctx.groups):
             q, k, v, weights = (next(kept) for _ in range(4))
-            of_out = _heads_first(grad, places[0], sizes[0])
-            _rows_first(torch.bmm(weights.transpose(1, 2), of_out), grads[2], places[2], sizes[0])
+            factors, dropped = (next(kept), next(kept)) if ctx.dropout else (None, weights)
+            of_out = _heads_first(grad[place], g)
+            _rows_first(torch.bmm(dropped.transpose(1, 2), of_out), of_value[place], g)
             of_weights = torch.bmm(of_out, v.transpose(1, 2))
+            if ctx.dropout:
+                of_weights.mul_(factors)
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            _rows_first(torch.bmm(of_scores, k).mul_(ctx.scale), grads[0], places[0], sizes[0])
-            _rows_first(torch.bmm(of_scores.transpose(1, 2), q), grads[1], places[1], sizes[0])
-        return *grads, None, None
+            _rows_first(torch.bmm(of_scores, k).mul_(ctx.scale), of_query[place], g)
+            _rows_first(torch.bmm(of_scores.transpose(1, 2), q), of_key[place], g)
+        return of_query, of_key, of_value, None, None, None
 
 
-def _places(rows):
-    """For each group: where its queries, keys and values stand, and (sequences, queries each, keys each)."""
-    first_q = first_k = 0
-    for g, n_q, n_k in rows:
-        q, k = slice(first_q, first_q + g * n_q), slice(first_k, first_k + g * n_k)
-        yield (q, k, k), (g, n_q, n_k)
-        first_q, first_k = q.stop, k.stop
+def _places(groups):
+    """(sequences, slice of their rows) of each group that has rows."""
+    start = 0
+    for g, n in groups:
+        if n:
+            yield g, slice(start, start + g * n)
+        start += g * n
 
 
-def _heads_first(one, place, g):
-    """Rows [g * n, H, e] as [g * H, n, e]."""
-    _, H, e = one.shape
-    return one[place].view(g, -1, H, e).transpose(1, 2).reshape(g * H, -1, e)
+def _heads_first(rows, g):
+    """[g * n, H, e] as [g * H, n, e]."""
+    _, H, e = rows.shape
+    return rows.view(g, -1, H, e).transpose(1, 2).reshape(g * H, -1, e)
 
 
-def _rows_first(one, out, place, g):
-    """Put [g * H, n, e] back where the rows were."""
+def _rows_first(heads, out, g):
+    """Put [g * H, n, e] back as the rows [g * n, H, e]."""
     _, H, e = out.shape
-    out[place].view(g, -1, H, e).copy_(one.view(g, H, -1, e).transpose(1, 2))
+    out.view(g, -1, H, e).copy_(heads.view(g, H, -1, e).transpose(1, 2))

@@ -50,6 +50,13 @@ class _Packed:
         self.before, self.sequences = self.config._attn_implementation, None
         self.config._attn_implementation = NAME
 
+    def next_layer(self, cu_seq_lens, max_length=None):
+        """Count a layer, and say where the sequences are."""
+        self.layers += 1
+        if self.sequences is None:
+            self.sequences = Sequences(cu_seq_lens, max_length)
+        return self.sequences
+
     def end(self, check):
         """Put the attention back; RuntimeError where not every layer came to ours."""
         self.config._attn_implementation = self.before
@@ -137,12 +144,9 @@ def attention(
             f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed batches are not "
             "served with: take mode='prepend'"
         )
-    packed.layers += 1
-    if packed.sequences is None:
-        packed.sequences = Sequences(cu_seq_lens_q, max_length_q)
     out = varlen_attention(
         *(one[0].transpose(0, 1) for one in (query, key, value)),
-        packed.sequences,
+        packed.next_layer(cu_seq_lens_q, max_length_q),
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         window=sliding_window,
         scale=scaling,

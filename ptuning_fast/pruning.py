@@ -1,10 +1,15 @@
-"""Only the rows that are pooled leave the last layer: behind its attention, nothing else is computed."""
+"""Only the rows that are pooled leave the last layer: behind its attention, nothing else is computed.
+
+On a CPU nothing is in its attention either (pooled_attention.py).
+"""
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor, nn
 
+from .pooled_attention import attend, is_understood
 from .trial import trial
 
 __all__ = ["pooled_rows_only", "prunable"]
@@ -20,6 +25,7 @@ _LAST = {
     "DebertaV2Model": lambda model: model.encoder.layer[-1].attention.output,
     "DistilBertModel": lambda model: model.transformer.layer[-1].sa_layer_norm,
 }
+_BERTS = {"BertModel", "CamembertModel", "ElectraModel", "RobertaModel", "XLMRobertaModel"}
 
 
 def prunable(model: nn.Module) -> bool:
@@ -44,15 +50,44 @@ def pooled_rows_only(model: nn.Module, columns: Tensor):
             pooled: [1, len(columns), d].
     """
 
+    columns = columns.long()
+
     def select(rows):
         if len(rows) == len(columns):
             return rows.take_along_dim(columns[:, None, None], 1)
         return rows[:, columns]
 
-    hook = _LAST[type(model).__name__](model).register_forward_pre_hook(
-        lambda module, arguments: tuple(select(rows) for rows in arguments)
-    )
-    try:
+    rest = _LAST[type(model).__name__](model)
+    attention = _self_attention(model)
+    with contextlib.ExitStack() as changes:
+        if attention is None:
+            hook = rest.register_forward_pre_hook(lambda module, arguments: tuple(select(rows) for rows in arguments))
+        else:
+            hook = rest.register_forward_pre_hook(lambda module, arguments: (arguments[0], select(arguments[1])))
+            attention.forward = functools.partial(_pooled_attention, attention, select)
+            changes.callback(delattr, attention, "forward")
+        changes.callback(hook.remove)
         yield
-    finally:
-        hook.remove()
+
+
+def _self_attention(model):
+    """The last layer's, where it can be computed for the pooled rows alone; else None."""
+    if model.device.type != "cpu" or type(model).__name__ not in _BERTS:
+        return None
+    attention = model.encoder.layer[-1].attention.self
+    replaced = attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention)
+    return attention if is_understood(attention) and not replaced else None
+
+
+def _pooled_attention(attention, select, hidden, attention_mask=None, packed=None, cu_seq_lens_q=None, **kwargs):
+    """The forward of that self-attention: [B, 1, d], or of a packed batch [1, B, d]; and no weights."""
+    rows = select(hidden)
+    if packed is None:
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, 0, :1]  # the same for every row: attention is full
+            if attention_mask.dtype == torch.bool:
+                attention_mask = torch.where(attention_mask, 0.0, float("-inf"))
+        return attend(attention, rows[:, 0], [hidden], [attention_mask])[:, None], None
+    groups = packed.next_layer(cu_seq_lens_q).groups()
+    texts = [text.view(g, n, -1) for (g, n), text in zip(groups, hidden[0].split([g * n for g, n in groups]))]
+    return attend(attention, rows[0], texts, [None] * len(texts))[None], None

@@ -50,12 +50,6 @@ class Sequences:
             self._groups = [(len(list(same)), n) for n, same in groupby(lengths)]
         return self._groups
 
-    def of_queries(self, query: Tensor, key: Tensor) -> tuple[Tensor, int]:
-        """(ends, longest) of the queries: those of the sequences, or of one row for each."""
-        if len(query) == len(key):
-            return self.cu_seq_lens, self.max_length
-        return torch.arange(len(query) + 1, dtype=torch.int32, device=query.device), 1
-
 
 def varlen_attention(
     query: Tensor,
@@ -69,11 +63,10 @@ def varlen_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """[T, H, e], or [B, H, e], in query's dtype.
+    """[T, H, e], in query's dtype.
 
     Args:
-        query, key, value: [T, H, e] and twice [T, G, e], in one dtype. Or query [B, H, e]: one row for each sequence,
-            which sees all of it; not with `causal` or `window`.
+        query, key, value: [T, H, e] and twice [T, G, e], in one dtype.
         causal: whether a row sees itself and those before it alone.
         window: rows as far away as this or farther are not seen.
         scale: factor on the scores; 1 / sqrt(e) by default.
@@ -108,10 +101,10 @@ def backend_for(query: Tensor, *, window: int | None, softcap: float | None):
 
 def flash_attn(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
     """The package flash-attn (Dao 2023, arXiv 2307.08691)."""
-    (ends_q, longest_q), ends, longest = sequences.of_queries(query, key), sequences.cu_seq_lens, sequences.max_length
+    ends, longest = sequences.cu_seq_lens, sequences.max_length
     back, ahead = _flash_window(window, causal)
     return flash_attn_varlen_func(
-        *(query, key, value, ends_q, ends, longest_q, longest),
+        *(query, key, value, ends, ends, longest, longest),
         dropout_p=dropout,
         softmax_scale=scale,
         causal=causal,
@@ -122,10 +115,10 @@ def flash_attn(query, key, value, sequences, *, causal, window, scale, softcap, 
 
 def torch_flash(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
     """The same as torch has it: `torch.nn.attention.varlen` calls this operator too, without dropout."""
-    (ends_q, longest_q), ends, longest = sequences.of_queries(query, key), sequences.cu_seq_lens, sequences.max_length
+    ends, longest = sequences.cu_seq_lens, sequences.max_length
     back, ahead = _flash_window(window, causal)
     return torch.ops.aten._flash_attention_forward(
-        *(query, key, value, ends_q, ends, longest_q, longest, dropout, causal, False),
+        *(query, key, value, ends, ends, longest, longest, dropout, causal, False),
         scale=scale,
         window_size_left=back,
         window_size_right=ahead,
@@ -142,10 +135,10 @@ def _flash_window(window, causal):
 def jagged(query, key, value, sequences, *, causal, window, scale, softcap, dropout):
     """torch's jagged nested tensors through its fused attention."""
     key, value = (_for_each_head(one, query) for one in (key, value))
-    of_keys = sequences.cu_seq_lens, sequences.max_length
+    ends, longest = sequences.cu_seq_lens.long(), sequences.max_length
     nested = [
-        torch.nested.nested_tensor_from_jagged(one, ends.long(), min_seqlen=1, max_seqlen=longest)
-        for one, (ends, longest) in zip((query, key, value), (sequences.of_queries(query, key), of_keys, of_keys))
+        torch.nested.nested_tensor_from_jagged(one, ends, min_seqlen=1, max_seqlen=longest)
+        for one in (query, key, value)
     ]
     out = F.scaled_dot_product_attention(
         *(one.transpose(1, 2) for one in nested), dropout_p=dropout, is_causal=causal, scale=scale

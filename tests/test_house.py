@@ -31,6 +31,7 @@ RANKS = {
     "additive_mask": 1,
     "pooling": 0,
     "precision": 0,
+    "pooled_attention": 0,
     "pruning": 1,
     "by_length": 0,
     "varlen": 1,

@@ -1,6 +1,7 @@
 """Mode "packed", pruning and half precision: alone and together the same logits and gradients."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer
 
-from ptuning_fast import FastPTuning, functional, packing
+from ptuning_fast import FastPTuning, functional, packing, pooled_attention, varlen
 from ptuning_fast.additive_mask import takes_additive_mask
 from ptuning_fast.docstrings import stdlib_docstrings
 from ptuning_fast.pruning import prunable
@@ -323,19 +324,67 @@ def test_dropout(monkeypatch):
     """The attention's own dropout is handed on in training, and is off in eval mode."""
     monkeypatch.undo()  # with dropout, as built
     seen = []
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["dropout_p"]) or attention(*a, **k)
-    )
-    fast = FastPTuning(zoo.build("BERT", attention_probs_dropout_prob=0.25), 3, 2, mode="packed").train()
+
+    def recorded(*args, dropout, **kwargs):
+        seen.append(dropout)
+        return by_length(*args, dropout=dropout, **kwargs)
+
+    by_length = varlen.by_length
+    monkeypatch.setattr(varlen, "by_length", recorded)
+    fast = FastPTuning(zoo.build("BERT", attention_probs_dropout_prob=0.25), 3, 2, mode="packed", prune=False).train()
     ids, mask = zoo.padded(zoo.texts(), "right")
-    seen.clear()
     fast(ids, mask)
-    assert set(seen) == {0.25}
+    assert seen == [0.25] * 3
     seen.clear()
     fast.eval()(ids, mask)
-    assert set(seen) == {0.0}
-    assert len(seen) == 3 * len(ids)
+    assert seen == [0.0] * 3
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+def test_dropout_of_the_pooled_row(monkeypatch, mode):
+    """Whatever dropout makes of the weights, values are summed up with that, their bias included."""
+    functions = SimpleNamespace(linear=F.linear, dropout=lambda weights, p: weights * (1 + p))
+    monkeypatch.setattr(pooled_attention, "F", functions)
+    model = zoo.build("BERT", attention_probs_dropout_prob=0.25).train()
+    for dropout in (one for one in model.modules() if isinstance(one, torch.nn.Dropout)):
+        dropout.p = 0.0
+    last = model.encoder.layer[-1].attention.self
+    last.dropout.p = 0.25
+    torch.nn.init.normal_(last.value.bias)
+    doubled = copy.deepcopy(model)
+    doubled.encoder.layer[-1].attention.self.dropout.p = 0.0
+    for one in (
+        doubled.encoder.layer[-1].attention.self.value.weight,
+        doubled.encoder.layer[-1].attention.self.value.bias,
+    ):
+        one.mul_(1.25)
+    prompt = torch.randn(zoo.M, zoo.D)
+    fast, expected = (FastPTuning(one, zoo.M, 3, init=prompt, mode=mode, prune=True) for one in (model, doubled))
+    expected.load_state_dict(
+        {key: value for key, value in fast.state_dict().items() if "bert." not in key}, strict=False
+    )
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert_same([fast(ids, mask)], [expected(ids, mask)])
+
+
+@pytest.mark.parametrize("how", ["hook", "lora", "forward"])
+def test_attention_that_is_more_than_its_weights(how):
+    """Then its own forward is called, keys and values and all."""
+    plain = build("BERT", mode="packed", prune=False)
+    changed = build("BERT", mode="packed")
+    value = changed.bert.encoder.layer[-1].attention.self.value, plain.bert.encoder.layer[-1].attention.self.value
+    for one in value:
+        if how == "hook":
+            one.register_forward_hook(lambda module, args, out: out * 2)
+        elif how == "forward":
+            one.forward = lambda x, one=one: F.linear(x, one.weight * 2, one.bias)
+        else:
+            one.__class__ = type(
+                "LoraLinear", (torch.nn.Linear,), {"forward": lambda self, x: F.linear(x, self.weight) * 2}
+            )
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert changed.prune
+    assert_same([changed(ids, mask)], [plain(ids, mask)])
 
 
 def test_the_attention_is_put_back():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptuning_fast import varlen
+from ptuning_fast import by_length, varlen
 from ptuning_fast.varlen import Sequences, backend_for, varlen_attention
 
 LENGTHS = [5, 5, 1, 0, 12, 3]
@@ -161,6 +161,20 @@ def test_dropout_by_length():
     out = varlen_attention(q, k, torch.ones_like(k), sequences(lengths=lengths), causal=False, dropout=0.25)
     assert out.std() > 0.01
     assert abs(out.mean().item() - 1) < 0.02  # 2,048 rows with a deviation of 0.07 each
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradient_of_full_attention(dropout):
+    """Against finite differences, in fp64, with the same draws each time."""
+    q, k, v = (
+        one.detach().double().requires_grad_() for one in tensors("one key a head", size=4, lengths=[2, 2, 0, 3])
+    )
+
+    def attention(*inputs):
+        torch.manual_seed(0)
+        return by_length._FullAttention.apply(*inputs, [(2, 2), (1, 0), (1, 3)], 0.7, dropout)
+
+    assert torch.autograd.gradcheck(attention, (q, k, v))
 
 
 def test_no_rows():
