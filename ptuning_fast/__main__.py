@@ -74,6 +74,9 @@ def main(arguments=None) -> int:
     """Run the command; 0 when it went well, 2 and one line on standard error when the input cannot be used."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # a label that a terminal has no letters for is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     from . import predict, train
     from .tables import InputError
 
@@ -87,7 +90,7 @@ def main(arguments=None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0 if options.command == "predict" else 1  # whoever reads labels may stop; training was cut off
     return 0
 
 

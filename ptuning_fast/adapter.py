@@ -47,8 +47,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("ptuning_fast", "{}"))
+            if not isinstance(settings, dict):
+                raise ValueError(f"{path} is damaged: its settings are a {type(settings).__name__}")
             return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from . import adapter, embedding
+from . import adapter, classifier_files, embedding
 from .additive_mask import takes_additive_mask
 from .initial import initial_prompt
 from .packing import check_packable, packed_attention, refuse_checkpointing
@@ -261,17 +261,9 @@ class FastPTuning(nn.Module):
         `adapter_model.safetensors` holds the tensors and, in its header, the settings, so that the old adapter is
         replaced by the new one in a single step; `adapter_config.json` repeats the settings for people to read.
         """
-        settings = {
-            "base_model_name_or_path": self.base_model,
-            "model_type": self.bert.config.model_type,
-            "prompt_length": self.prompt_length,
-            "num_labels": self.num_labels,
-            "pooling": self.pooling,
-            "mode": self.mode,
-            "id2label": self.id2label,
-            "max_length": self.max_length,
-        }
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("bert.")}
+        settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
+        settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name in classifier_files.TENSORS}
         adapter.save(folder, tensors, settings)
 
     @classmethod
@@ -286,16 +278,12 @@ class FastPTuning(nn.Module):
             FileNotFoundError: no adapter in `folder`.
             ValueError: the file is no adapter of this class, or the encoder has another embedding width.
         """
-        tensors, settings = adapter.load(folder)
-        id2label = settings.get("id2label")
-        try:
-            name, length, labels = (settings[key] for key in ("base_model_name_or_path", "prompt_length", "num_labels"))
-            wanted = {key: settings[key] for key in ("pooling", "mode")}
-        except KeyError as error:
-            raise ValueError(f"{folder} holds no FastPTuning adapter: its settings lack {error}") from None
+        tensors, settings = classifier_files.load(folder)
+        name, most = settings["base_model_name_or_path"], settings.get("max_length")
+        wanted = {key: settings.get(key) for key in classifier_files.SETTINGS if key != "max_length"}
         model = model_name if model_name is not None else name
         rng = torch.random.get_rng_state()
-        model = cls(model, length, labels, id2label=id2label, **wanted)
+        model = cls(model, **wanted)
         torch.random.set_rng_state(rng)
         if model_name is not None and not isinstance(model_name, nn.Module):
             model.base_model = _base_model(model_name)
@@ -303,15 +291,15 @@ class FastPTuning(nn.Module):
         if kinds[0] != kinds[1]:
             raise ValueError(f"the adapter in {folder} was trained on a {kinds[0]} ({name}), and this is a {kinds[1]}")
         own = dict(model.named_parameters())
-        for key in ("prompt_embeddings", "classifier.weight", "classifier.bias"):
+        for key in classifier_files.TENSORS:
             if key not in tensors or tensors[key].shape != own[key].shape:
                 found = "missing" if key not in tensors else f"{list(tensors[key].shape)}"
                 raise ValueError(
                     f"the adapter in {folder} does not fit {model.base_model}: {key} is {found}, "
                     f"the model needs {list(own[key].shape)} (trained on {name})"
                 )
-        model.load_state_dict(tensors, strict=False)
-        model.max_length = settings.get("max_length", model.max_length)
+        model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)
+        model.max_length = min(filter(None, (most, model.max_length)), default=None)
         return model.eval()
 
     def extra_repr(self) -> str:

@@ -1,5 +1,7 @@
 """The encoder and tokenizer that a name on the command line stands for."""
 
+from safetensors import SafetensorError
+
 from .tables import InputError
 
 __all__ = ["DEMO", "load_encoder"]
@@ -23,7 +25,7 @@ def load_encoder(name: str):
         path = str(get_model_path())
     try:
         encoder, tokenizer = AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or ["?"])[0]
         raise InputError(f"cannot load the model {name!r} (--model names another): {reason}") from None
     if tokenizer.pad_token_id is None:  # decoders' often: any token does, as the mask hides it

@@ -161,12 +161,14 @@ class _PromptGradient(torch.autograd.Function):
         return backend.backward(grad, shape, dtype, prompt_start, prompt_index, packed), *[None] * 5
 
 
+_NAMES = ("input_ids", "weight", "prompt", "attention_mask", "token_type_ids", "labels", "prompt_index")
+
+
 def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index):
-    names = ("input_ids", "weight", "prompt", "attention_mask", "token_type_ids", "labels", "prompt_index")
     tensors = (input_ids, weight, prompt, attention_mask, token_type_ids, labels, prompt_index)
-    for name, tensor in zip(names, tensors):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in names[:3]):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    for place, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor) and (tensor is not None or place < 3):
+            raise TypeError(f"{_NAMES[place]} must be a torch.Tensor, not {type(tensor).__name__}")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [batch, tokens]; its shape is {tuple(input_ids.shape)}")
     if input_ids.dtype not in _INTEGERS:
@@ -208,9 +210,11 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
     if position_start is not None and type(position_start) is not int:
         raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
     device = input_ids.device
-    for name, tensor in zip(names, tensors):
+    for place, tensor in enumerate(tensors):
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
+            raise ValueError(
+                f"{_NAMES[place]} is on {tensor.device} and input_ids on {device}: move them to one device"
+            )
 
 
 def _check_lengths(lengths, input_ids, attention_mask, packed):

@@ -25,8 +25,8 @@ def pooled_columns(
         mask: [B, n] or None.
         adjacent: whether the prompt of a row that is padded on the left stands behind that padding.
     """
-    if mask is None or (pooling == "first" and not adjacent):
-        return torch.full((B,), {"first": 0, "cls": m, "last": m + n - 1}[pooling], device=device)
+    if mask is None or n == 0 or (pooling == "first" and not adjacent):
+        return torch.full((B,), {"first": 0, "cls": min(m, m + n - 1), "last": m + n - 1}[pooling], device=device)
     there = mask != 0
     if pooling == "first":
         return there.cumsum(1).eq(0).sum(1)  # behind the padding on the left

@@ -26,13 +26,18 @@ def run(options) -> None:
     encoder, tokenizer = load_encoder(name)
     try:
         model = FastPTuning.from_pretrained(options.adapter, encoder)
-    except (OSError, ValueError) as error:
-        raise InputError(str(error)) from None
+    except (OSError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise InputError((str(error).splitlines() or ["?"])[0]) from None
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    with _output(options.output) as out:
-        for start in range(0, len(texts), options.batch_size):
-            for label, score in predict(model, tokenizer, texts[start : start + options.batch_size]):
-                print(f"{label}\t{score:.4f}" if options.scores else label, file=out, flush=True)
+    try:
+        with _output(options.output) as out:
+            for start in range(0, len(texts), options.batch_size):
+                for label, score in predict(model, tokenizer, texts[start : start + options.batch_size]):
+                    print(f"{label}\t{score:.4f}" if options.scores else label, file=out, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot write {options.output or 'the labels'}: {error.strerror or error}") from None
 
 
 def _output(path):

@@ -73,7 +73,7 @@ def _read_json(path, columns):
             continue
         try:
             row = json.loads(line, parse_int=str, parse_float=str, parse_constant=lambda name: None)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"cannot read {path}: line {number + 1} is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"cannot read {path}: line {number + 1} is no JSON object")
@@ -102,7 +102,7 @@ def _read(path, columns, also=""):
         raise InputError("reading files needs pyarrow: pip install 'ptuning-fast[train]'") from None
     try:
         values = reader(path, columns)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:  # the last: bytes and times that Python has no value for
         raise InputError(f"cannot read {path}: {(str(error).strip().splitlines() or ['?'])[0]}") from None
     return [[_text(value, row, name, path) for row, value in enumerate(c)] for name, c in zip(columns, values)]
 
@@ -118,7 +118,10 @@ def _text(value, row, name, path):
         raise InputError(f"{path}: row {row + 1} has no value in column {name!r}")
     if isinstance(value, (list, dict, bytes)):
         raise InputError(f"{path}: row {row + 1} of column {name!r} holds a {type(value).__name__}, not a text")
-    return str(value)
+    text = str(value)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{path}: row {row + 1} of column {name!r} holds half a character (a lone surrogate)")
+    return text
 
 
 def _decode(data, name):

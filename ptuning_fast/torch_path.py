@@ -59,15 +59,20 @@ def forward(
     if additive_mask is not None and out_mask is not None:
         out_mask = _additive(out_mask, additive_mask)
 
-    concatenate = start is None and (m >= n or B * n * d < _SMALL)
-    if not concatenate or prompt.dtype != weight.dtype:
+    same_dtype = prompt.dtype == weight.dtype
+    own_gradient = same_dtype and prompt.requires_grad and torch.is_grad_enabled()
+    concatenate = start is None and (m >= n or B * n * d < _SMALL[own_gradient])
+    if torch.compiler.is_compiling():  # it fuses what follows by itself, and asserts ids where it looks them up so
+        concatenate = start is None
+    if not concatenate or not same_dtype:
         prompt = prompt.detach()
     if prompt_index is not None:
         prompt = prompt.index_select(0, prompt_index)
     if concatenate:
         inputs_embeds = F.embedding(input_ids, weight)
         inputs_embeds = inputs_embeds if embed_scale == 1.0 else inputs_embeds.mul_(embed_scale)
-        inputs_embeds = torch.cat([prompt.to(weight.dtype).expand(B, m, d), inputs_embeds], dim=1)
+        prompt = prompt if same_dtype else prompt.to(weight.dtype)
+        inputs_embeds = torch.cat([prompt.expand(B, m, d), inputs_embeds], dim=1)
         return inputs_embeds, out_mask, out_types, out_labels, position_ids, None, None, None
 
     # The prompt's columns look up id 0, to be written over.
@@ -90,17 +95,22 @@ def forward(
 # Below this many elements, and where the prompt is the longer part, a second buffer costs less than looking up the
 # prompt's columns only to write over them. torch.cat's own gradient is then the cheapest too; where the dtypes differ
 # it would be rounded on its way, so `backward` is what gives it there as everywhere else.
-_SMALL = 2**16
+_SMALL = {False: 2**16, True: 2**19}  # without and with a gradient that is torch.cat's own
 
 
 def _look_up(weight, ids, out):
     """Write the rows `weight[ids]` into `out` [len(ids), d]."""
+    if torch.compiler.is_compiling():
+        out.copy_(F.embedding(ids, weight))
+        return
     pieces = 1
-    if out.nbytes >= _FRESH and weight.is_contiguous():
+    if out.numel() * out.element_size() >= _FRESH and weight.is_contiguous():
         d, size = weight.shape[1], weight.element_size()
         pieces = next((k for k in (1, 2, 4, 8, 16) if d % k == 0 and d // k * size <= _PIECE), 1)
     if pieces > 1:
-        ids = (ids.long()[:, None] * pieces + torch.arange(pieces)).view(-1)
+        if ids.numel() and (ids.min() < 0 or ids.max() >= len(weight)):  # a product might lie inside the table again
+            raise IndexError("an id is outside the table")
+        ids = (ids.long()[:, None] * pieces + torch.arange(pieces, device=ids.device)).view(-1)
         weight, out = weight.view(-1, weight.shape[1] // pieces), out.view(-1, weight.shape[1] // pieces)
     torch.index_select(weight, 0, ids, out=out)
 

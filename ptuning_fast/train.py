@@ -51,11 +51,14 @@ def run(options) -> None:
         )
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(f"cannot set the prompt up: {(str(error).splitlines() or ['no memory'])[0]}") from None
     if not options.model:
         model.base_model = DEMO
     model.max_length = min(options.max_length, model.max_length or options.max_length)
 
-    train, held_out = (_tokenize(part, tokenizer, model.max_length, names) for part in (train, held_out))
+    table_rows = len(encoder.get_input_embeddings().weight)
+    train, held_out = (_tokenize(part, tokenizer, model.max_length, names, table_rows) for part in (train, held_out))
     cut = sum(row["cut"] for row in train + held_out)
     print(
         f"{len(train)} texts to train on, {len(held_out)} held out, {len(names)} labels; "
@@ -65,7 +68,12 @@ def run(options) -> None:
     print(f"{trainable:,} trained parameters before a frozen {type(encoder).__name__} ({model.base_model})", flush=True)
 
     trainer = _fit(model, tokenizer, train, held_out, options)
-    model.save_pretrained(options.output)
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
+    try:
+        model.save_pretrained(options.output)
+    except OSError as error:
+        raise InputError(f"cannot save the adapter in {options.output}: {error.strerror or error}") from None
     accuracy = trainer.evaluate()["eval_accuracy"]
     majority, count = Counter(row["labels"] for row in held_out).most_common(1)[0]
     print(f"held-out accuracy {accuracy:.3f}; always saying {names[majority]!r} gives {count / len(held_out):.3f}")
@@ -120,11 +128,23 @@ def _check_labels(train, held_out, names):
         raise InputError(f"the label {unknown[0]!r} is held out and is not among those trained on ({', '.join(names)})")
 
 
-def _tokenize(part, tokenizer, max_length, names):
+def _tokenize(part, tokenizer, max_length, names, table_rows):
     """Rows for the collator; `cut` says that a text was longer than the model takes."""
     texts, labels = part
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise InputError(
+            f"{max_length} tokens a text leave no room beside the {special} that the tokenizer adds: take a larger "
+            "--max-length or a smaller --prompt-length"
+        )
     full = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
     rows = tokenizer(texts, truncation=True, max_length=max_length)
+    largest = max((max(ids, default=0) for ids in rows["input_ids"]), default=0)
+    if largest >= table_rows:
+        raise InputError(
+            f"the tokenizer gives the id {largest}, and the model's table has {table_rows} rows: they do not belong "
+            "together"
+        )
     number = {name: place for place, name in enumerate(names)}
     return [
         {key: rows[key][i] for key in rows} | {"labels": number[labels[i]], "cut": len(full[i]) > max_length}

@@ -1,5 +1,6 @@
 """Bad input: the error names the value and the limit, and nothing is launched."""
 
+import subprocess
 import sys
 import warnings
 
@@ -250,6 +251,48 @@ def test_kernel_reads_nothing_outside_the_bank(bad):
     assert out[1, :M].isnan().all()
     assert torch.equal(out[0, :M], around[2])
     assert torch.equal(out[:, M:], weight[ids])
+
+
+BEHIND = """
+import ctypes, mmap, torch
+from ptuning_fast import kernels
+
+PAGE = mmap.PAGESIZE
+
+def last(*shape):
+    # A tensor whose last element is the last one before memory that must not be touched.
+    size = 4 * torch.Size(shape).numel()
+    pages = -(-size // PAGE) + 1
+    memory = mmap.mmap(-1, pages * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    protected = ctypes.c_void_p(address + (pages - 1) * PAGE)
+    assert libc.mprotect(protected, ctypes.c_size_t(PAGE), mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
+    whole = torch.frombuffer(memory, dtype=torch.float32, count=(pages - 1) * PAGE // 4)
+    return whole[whole.numel() - size // 4 :].normal_().view(shape)
+
+ids = torch.tensor([[0, 8, 8], [8, 1, 8]])
+plain = {"weight": torch.randn(9, 20), "prompt": torch.randn(2, 20), "grad": torch.randn(2, 5, 20)}
+tensors = plain | {%r: last(*plain[%r].shape)}
+print("start", flush=True)
+kernels.forward(ids, None, tensors["weight"], tensors["prompt"], *[None] * 4, 1.0, False, False, None, None)
+kernels.backward(tensors["grad"], (2, 20), torch.float32, None, None, False)
+print("whole", flush=True)
+if %r:
+    last(1).as_strided((2,), (1,)).sum()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages as Linux does")
+@pytest.mark.parametrize("beyond", [False, True])
+@pytest.mark.parametrize("name", ["weight", "prompt", "grad"])
+def test_kernels_read_nothing_behind_a_tensor(name, beyond):
+    """Rows of 20 in blocks of 64, the last of them before a page that may not be read; one that is ends the process."""
+    if functional.kernels is None or torch.cuda.is_available():
+        pytest.skip("what would be read shows in the interpreter")
+    result = subprocess.run([sys.executable, "-c", BEHIND % (name, name, beyond)], capture_output=True, text=True)
+    assert result.stdout.split()[:1] == ["start"], result.stderr[-2000:]
+    assert ("whole" in result.stdout, result.returncode == 0) == (True, not beyond), result.stderr[-2000:]
 
 
 def test_fp64_tables_take_the_torch_path():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ptuning_fast import FastPTuning, functional, tables, train
+from ptuning_fast import FastPTuning, adapter, functional, tables, train
 from ptuning_fast.__main__ import main
 from ptuning_fast.docstrings import PACKAGES, stdlib_docstrings
 
@@ -121,6 +121,12 @@ def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys, monkeypatch):
         (["--train-file", "{tmp}/bytes.parquet"], "row 1 of column 'text' holds a bytes"),
         (["--train-file", "{tmp}/nan.parquet"], "row 2 has no value in column 'label'"),
         (["--train-file", "{tmp}/latin.jsonl"], "it is not UTF-8 (byte 11)"),
+        (["--train-file", "{tmp}/half.jsonl"], "holds half a character"),
+        (["--train-file", "{tmp}/deep.jsonl"], "line 1 is no JSON"),
+        (["--train-file", "{tmp}/times.parquet"], "cannot read"),
+        (["--train-file", "{tmp}/rows.csv", "--max-length", "2"], "leave no room beside the 2 that the tokenizer adds"),
+        (["--train-file", "{tmp}/rows.csv", "--prompt-length", "510"], "leave no room beside the 2"),
+        (["--train-file", "{tmp}/rows.csv", "--learning-rate", "1e30"], "training diverged, and nothing was saved"),
     ],
 )
 def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, message):
@@ -138,6 +144,10 @@ def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, messag
     (tmp_path / "twice.csv").write_text("text,text,label\na,b,c\n")
     (tmp_path / "blank.csv").write_text("text,label\na,\n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a\xe9", "label": "b"}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800", "label": "b"}\n')
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    odd = {"text": pyarrow.array([1, 2], pyarrow.duration("ns")), "label": ["b", "c"]}
+    pyarrow.parquet.write_table(pyarrow.table(odd), tmp_path / "times.parquet")
     write(tmp_path / "bytes.parquet", [(b"a", "b")])
     write(tmp_path / "nan.parquet", [("a", 1.0), ("b", float("nan"))])
     adapter = tmp_path / "adapter"
@@ -183,6 +193,43 @@ def test_values_stay_as_they_are_written(tmp_path):
 def test_predict_without_an_adapter(tmp_path, capsys):
     assert main(["predict", "--adapter", str(tmp_path)]) == 2
     assert "no adapter in" in capsys.readouterr().err
+
+
+def test_damaged_adapters(minilm, tmp_path, capsys, monkeypatch):
+    """Whatever a file holds, predict says in one line what is wrong with it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a text\n")))
+    tensors = {"prompt_embeddings": torch.zeros(4, 384), "classifier.weight": torch.zeros(2, 384)}
+    tensors |= {"classifier.bias": torch.zeros(2)}
+    whole = {"base_model_name_or_path": minilm, "prompt_length": 4, "num_labels": 2, "pooling": "mean"}
+    whole |= {"mode": "packed"}
+    for change in (
+        {"prompt_length": "4"},
+        {"prompt_length": 1.5},
+        {"prompt_length": 10**9},
+        {"prompt_length": 3},
+        {"num_labels": None},
+        {"num_labels": 3},
+        {"max_length": "x"},
+        {"max_length": -3},
+        {"pooling": "max"},
+        {"id2label": "x"},
+        {"id2label": {"x": "y"}},
+    ):
+        adapter.save(tmp_path, tensors, whole | change)
+        assert main(["predict", "--adapter", str(tmp_path)]) == 2, change
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: "), change
+    for settings in ([], "text", None, 3):
+        adapter.save(tmp_path, tensors, settings)
+        assert main(["predict", "--adapter", str(tmp_path)]) == 2, settings
+        assert "is damaged: its settings are a" in capsys.readouterr().err
+    adapter.save(tmp_path, tensors | {"prompt_embeddings": torch.full((4, 384), float("nan"))}, whole)
+    assert main(["predict", "--adapter", str(tmp_path)]) == 2
+    assert "prompt_embeddings holds what is no finite number" in capsys.readouterr().err
+    adapter.save(tmp_path, tensors, whole)
+    if os.path.exists("/dev/full"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a text\n")))
+        assert main(["predict", "--adapter", str(tmp_path), "--output", "/dev/full"]) == 2
+        assert "cannot write /dev/full" in capsys.readouterr().err
 
 
 def test_interrupted(monkeypatch, tmp_path, capsys):

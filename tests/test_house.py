@@ -23,6 +23,7 @@ RANKS = {
     "functional": 1,
     # what is built on it
     "adapter": 0,
+    "classifier_files": 1,
     "peft_files": 2,
     "positions": 0,
     "trial": 0,

@@ -266,7 +266,7 @@ def test_gradcheck_in_fp64(monkeypatch):
 
 def test_second_order_gradients(backend, monkeypatch):
     """A gradient penalty, as the reference has it."""
-    monkeypatch.setattr("ptuning_fast.torch_path._SMALL", 0)  # not torch.cat's own gradient
+    monkeypatch.setattr("ptuning_fast.torch_path._SMALL", [0, 0])  # not torch.cat's own gradient
     for options in ({}, {"adjacent": True}, {"packed": True}, {"prompt_index": torch.tensor([1, 0, 1])}):
         results = []
         for op in (prepend_prompt, reference.prepend_prompt):
@@ -281,7 +281,7 @@ def test_second_order_gradients(backend, monkeypatch):
 
 def test_function_transforms(backend, monkeypatch):
     """jvp, vmap and torch.func.grad give what the reference gives: never a silent zero."""
-    monkeypatch.setattr("ptuning_fast.torch_path._SMALL", 0)
+    monkeypatch.setattr("ptuning_fast.torch_path._SMALL", [0, 0])
     arguments = to_device(case(B=3, n=4, m=2, d=8), backend)
     prompt = arguments.pop("prompt")
 
@@ -366,7 +366,7 @@ def test_long_rows_in_pieces(monkeypatch, layout, d):
     """How the torch path looks long rows up where the output is large; here every output is."""
     monkeypatch.setattr(functional, "kernels", None)
     monkeypatch.setattr(torch_path, "_FRESH", 0)
-    monkeypatch.setattr(torch_path, "_SMALL", 0)
+    monkeypatch.setattr(torch_path, "_SMALL", [0, 0])
     looked_up = []
     select = torch.index_select
     monkeypatch.setattr(
