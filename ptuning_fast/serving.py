@@ -31,6 +31,8 @@ class Serving:
     """
 
     def __init__(self, model: nn.Module):
+        if hasattr(model, "peft_config") and getattr(model, "prompt_encoder", None):
+            raise TypeError(f"this {type(model).__name__} puts a prompt of PEFT's in front: give its .base_model")
         model = unwrapped(model)
         _refuse(model)
         self.name = type(model).__name__
@@ -132,8 +134,6 @@ def _refuse(model):
         raise TypeError(
             f"{name} embeds its tokens anew in every layer and needs their input_ids for that; a prompt has none"
         )
-    if hasattr(model, "peft_config") and hasattr(model, "prompt_encoder"):
-        raise TypeError(f"this {name} puts a prompt of PEFT's in front already: give the model in it, .base_model")
     if model.config.is_encoder_decoder and is_a(model, "ForSequenceClassification"):
         raise TypeError(f"{name} finds the token that it classifies in the input_ids; a prompt has none")
 

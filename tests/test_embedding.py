@@ -157,3 +157,24 @@ def test_sharded_table(tmp_path, with_a_group_of_its_own):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no distributed package")
     torch.multiprocessing.spawn(sharded, args=(2, str(tmp_path), with_a_group_of_its_own), nprocs=2)
+
+
+def test_hooks_on_every_module():
+    model = zoo.build("Llama")
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 2 if module is model.get_input_embeddings() else None
+    )
+    try:
+        assert_called(model, SoftPrompt(model, zoo.M), "hooks on every module")
+    finally:
+        handle.remove()
+
+
+def test_a_class_that_is_only_named_like_a_scaled_one():
+    class TheirScaledWordEmbedding(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 3
+
+    model = zoo.build("Llama")
+    model.get_input_embeddings().__class__ = TheirScaledWordEmbedding
+    assert_called(model, SoftPrompt(model, zoo.M), "not a plain nn.Embedding")

@@ -290,3 +290,58 @@ def test_another_kind_of_model(tmp_path):
     FastPTuning(zoo.build("BERT"), 3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"was trained on a bert.*this is a roberta"):
         FastPTuning.from_pretrained(tmp_path, zoo.build("RoBERTa"))
+
+
+def test_a_compiled_classifier_keeps_its_head(tmp_path):
+    model = zoo.build("BERT", "BertForSequenceClassification", num_labels=3)
+    SoftPrompt(torch.compile(model), 5).save_pretrained(tmp_path)
+    tensors, config = adapter.load(tmp_path)
+    assert config["task_type"] == "SEQ_CLS"
+    assert "base_model.classifier.weight" in tensors
+    SoftPrompt.from_pretrained(torch.compile(model), tmp_path)
+
+
+def test_what_is_not_ours_stays(tmp_path):
+    """A bank that shrinks takes its own files away, and nothing else."""
+    model = zoo.build("Llama")
+    SoftPrompt(model, 5, num_prompts=4).save_pretrained(tmp_path)
+    (tmp_path / "3" / "notes.txt").write_text("mine")
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "adapter_model.safetensors").write_text("somebody else's")
+    SoftPrompt(model, 5, num_prompts=2).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1", "3", "7"]
+    assert [path.name for path in (tmp_path / "3").iterdir()] == ["notes.txt"]
+    assert (tmp_path / "7" / "adapter_model.safetensors").read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("wrong", [None, "5", 4, 7])
+def test_damaged_settings(tmp_path, wrong):
+    model = zoo.build("Llama")
+    SoftPrompt(model, 5).save_pretrained(tmp_path)
+    tensors, config = adapter.load(tmp_path)
+    adapter.save(tmp_path, tensors, config | {"num_virtual_tokens": wrong})
+    with pytest.raises(ValueError, match=r"is damaged: its prompt is \[5, 32\]"):
+        SoftPrompt.from_pretrained(model, tmp_path)
+
+
+def test_names_of_bases(tmp_path):
+    """Hub ids are compared whole; a folder may have moved."""
+    for ours, theirs, fits in (("a/bert", "b/bert", False), ("a/bert", "a/bert", True), ("/x/bert", "a/bert", True)):
+        model = zoo.build("Llama")
+        model.config._name_or_path = theirs
+        SoftPrompt(model, 5).save_pretrained(tmp_path)
+        model.config._name_or_path = ours
+        if fits:
+            SoftPrompt.from_pretrained(model, tmp_path)
+        else:
+            with pytest.raises(ValueError, match="was trained on b/bert, and this is a/bert"):
+                SoftPrompt.from_pretrained(model, tmp_path)
+
+
+def test_a_half_precision_prompt_comes_back_as_it_was(tmp_path):
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, 5).to(torch.bfloat16)
+    prompt.save_pretrained(tmp_path)
+    loaded = SoftPrompt.from_pretrained(model, tmp_path)
+    assert loaded.prompt_embeddings.dtype == torch.bfloat16
+    assert torch.equal(loaded.prompt_embeddings, prompt.prompt_embeddings)
