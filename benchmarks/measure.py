@@ -80,7 +80,7 @@ def measure(benchmark, config, run, fast, *, copied=0, least_rounds=None):
         benchmark.pedantic(counted, setup=before, teardown=after)
         return
     start = time.perf_counter()
-    for _ in range(WARM_UP if least_rounds is None else 2):
+    for _ in range(WARM_UP if least_rounds is None else 1):
         (number,), _ = before()
         counted(number)
         after(number)
@@ -162,8 +162,7 @@ def quartiles(values):
 
 
 def peak_bytes(call):
-    """The most memory that `call` has at a time beyond what there was before it, its result included."""
-    call()
+    """The most memory that `call`, which has run before, has at a time beyond what there was; its result included."""
     if DEVICE.type == "cuda":
         synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptuning_fast import SoftPrompt
 
-SHAPES = {"long-prompt": (8, 32, 100), "short-prompt": (8, 64, 10), "ragged": (16, None, 16)}  # B, n, m
+SHAPES = {"long-prompt": (8, 32, 100), "short-prompt": (8, 64, 10), "ragged": (8, None, 16)}  # B, n, m
 MAX_LENGTH = 128  # tokens that a text of the ragged batches is cut to
 V, D, LAYERS = 2000, 384, 6
-ROUNDS = 10  # at least
+ROUNDS = 8  # at least, so that each batch has its turn
 
 
 class TorchCat(nn.Module):
@@ -68,6 +68,11 @@ IMPLEMENTATIONS = {
     "ptuning-fast, packed": lambda model, start: Fast(model, start, "packed"),
     "ptuning-fast, shared": lambda model, start: Fast(model, start, "shared"),
 }
+# The mode that is for a shape, beside which each of the others is timed there; the other of the two is not for it.
+BEST = {"long-prompt": "ptuning-fast, shared", "short-prompt": "ptuning-fast, shared", "ragged": "ptuning-fast, packed"}
+CASES = [
+    (shape, name) for shape in SHAPES for name in IMPLEMENTATIONS if name == BEST[shape] or name not in BEST.values()
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +83,7 @@ def model():
     return LlamaForCausalLM(config).to(DEVICE).requires_grad_(False)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("shape", "name"), CASES)
 def test_causal_step(benchmark, request, model, shape, name):
     B, n, m = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +107,7 @@ def test_causal_step(benchmark, request, model, shape, name):
 
         return module, run
 
-    (module, run), (_, ours) = step(IMPLEMENTATIONS[name]), step(Fast)
+    (module, run), (_, ours) = step(IMPLEMENTATIONS[name]), step(IMPLEMENTATIONS[BEST[shape]])
     results = []
     for one in (module, TorchCat(model, start)):
         loss = one(*batches[0])

@@ -17,7 +17,7 @@ from ptuning_fast.reference import ReferencePTuning
 GPU = DEVICE.type == "cuda"
 ENCODERS = ("bert-base",) if GPU else ("minilm",)
 PROMPT_LENGTH, NUM_LABELS, BATCH_SIZE, MAX_LENGTH = 16, 8, 32, 128
-ROUNDS = 6  # at least; a step takes seconds on a CPU
+ROUNDS = 8  # at least, so that each batch has its turn; a step takes seconds on a CPU
 
 
 class PeftPTuning(nn.Module):
@@ -70,12 +70,13 @@ IMPLEMENTATIONS = {
     "PEFT": peft,
     AUTOCAST: reference,
     "ptuning-fast, prepend": fast(),
-    "ptuning-fast, additive mask": fast(additive_mask=True),
     "ptuning-fast, pruned": fast(prune=True),
     "ptuning-fast, packed": fast(mode="packed", prune=False),
     OURS: fast(mode="packed"),
     "ptuning-fast, packed, pruned, bf16 weights": fast(mode="packed", precision="bf16"),
 }
+if GPU:  # elsewhere there is nothing to wait for
+    IMPLEMENTATIONS["ptuning-fast, additive mask"] = fast(additive_mask=True)
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
@@ -120,6 +121,8 @@ def precision_of(name):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_training_step(benchmark, request, encoder, batches, name):
     shape, model = encoder
+    if "bf16" in name and not (GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("this CPU has no bf16 arithmetic: a step would take minutes")
 
     def build(implementation):
         torch.manual_seed(0)
