@@ -93,7 +93,7 @@ def check(mode: str, model: nn.Module, serving: Serving) -> None:
             raise TypeError(f"the forward of {serving.name} takes no past_key_values: take mode='prepend'")
         serving.shifted_by_padding = left_padding_shifts(inner, serving.takes)
     if not is_known(inner) and mode != "packed":
-        _try_out(mode, model, serving)
+        _try_out(mode, inner, serving)
     serving.checked.add(mode)
 
 
@@ -103,7 +103,7 @@ def _try_out(mode, model, serving):
         return model_inputs(mode, model, serving, tokens, prompt), 1 if mode == "shared" else len(prompt)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="the input embedding")  # is said at the call itself
         found = outputs_alone_and_padded(model, inputs_for, length=3)
     if found is None or None in found["alone"]:
         return
