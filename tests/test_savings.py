@@ -276,6 +276,22 @@ def test_half_precision_is_autocasts(name, mode):
     assert torch.equal(gradient, expected)
 
 
+@pytest.mark.parametrize(
+    "options", [{"mode": "packed"}, {"prune": True}, {"prune": True, "additive_mask": True}], ids=str
+)
+@pytest.mark.parametrize("name", FULL[:5])
+def test_half_precision_with_the_other_savings(name, options):
+    """All together are as far from fp32 as autocast by itself is, times three."""
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    truth = logits_and_gradients(build(name), ids, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = logits_and_gradients(build(name), ids, mask)
+    together = build(name, precision="bf16", **options)
+    assert together.prune
+    for one, other, exact in zip(logits_and_gradients(together, ids, mask), plain, truth):
+        assert (one - exact).abs().max() <= 3 * (other - exact).abs().max()
+
+
 def inputs_of(fast, ids, mask):
     """What `_encode` and `_pool` are given in forward."""
     seen = []
