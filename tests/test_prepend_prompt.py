@@ -397,3 +397,27 @@ def test_the_result_can_be_changed_in_place(backend, layout):
     embeds *= 2
     (actual,) = torch.autograd.grad(embeds.sum(), prompt)
     assert torch.equal(actual, 2 * expected)
+
+
+@pytest.mark.parametrize("bad", [-(2**63), -1, 9, 2**62])
+def test_ids_outside_the_table_in_pieces(monkeypatch, bad):
+    """Times the number of pieces, an id far outside may lie inside again: it is refused before that."""
+    monkeypatch.setattr(functional, "kernels", None)
+    monkeypatch.setattr(torch_path, "_SMALL", [0, 0])
+    monkeypatch.setattr(torch_path, "_FRESH", 0)
+    arguments = case(B=2, n=3, m=1, d=2048)
+    arguments["input_ids"][1, 2] = bad
+    with pytest.raises(IndexError, match=r"input_ids\[1, 2\] is"):
+        prepend_prompt(**arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"adjacent": True}], ids=["plain", "adjacent"])
+def test_compiled_for_several_shapes(monkeypatch, options):
+    """On a CPU, where Triton's interpreter is nothing to trace through: sizes that change are symbols."""
+    monkeypatch.setattr(functional, "kernels", None)
+    torch._dynamo.reset()
+    compiled = torch.compile(prepend_prompt, backend="aot_eager", dynamic=True)
+    for B, n in ((8, 64), (8, 70), (6, 50)):
+        arguments = case(B=B, n=n, m=5, d=256) | options
+        expected = reference.prepend_prompt(**arguments)
+        assert_same(compiled(**arguments), expected)
