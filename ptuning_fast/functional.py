@@ -10,6 +10,8 @@ from operator import index
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _transforms_active
+from torch.autograd import forward_ad
 
 from . import reference, torch_path
 
@@ -92,8 +94,7 @@ def prepend_prompt(
             raise TypeError(f"additive_mask must be torch.float32, float16 or bfloat16, not {additive_mask!r}")
         if packed:
             raise ValueError("additive_mask goes with a mask, and packed=True has none: leave one of them out")
-    device = input_ids.device
-    if not torch.compiler.is_compiling() and _transformed():
+    if (_transforms_active() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
         _warn_reference()
         return reference.prepend_prompt(
             *(input_ids, attention_mask),
@@ -103,21 +104,32 @@ def prepend_prompt(
         )
     if lengths is not None:
         lengths = _check_lengths(lengths, input_ids, attention_mask, packed)
-    backend = torch_path
-    if kernels is not None and kernels.runs_on(device) and weight.dtype in kernels.dtypes:
+    backend, device = torch_path, input_ids.device.type
+    if kernels is not None and device in kernels.device_types and weight.dtype in kernels.dtypes:
         backend = kernels
-        if device.type == "cpu":
+        if device == "cpu":
             _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
-    elif device.type != "cpu":
-        _warn_torch_path(device.type, weight.dtype)
+    elif device != "cpu":
+        _warn_torch_path(device, weight.dtype)
 
     try:
         results = backend.forward(
-            *(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start),
-            *(prompt_index, embed_scale, adjacent, packed, lengths, additive_mask),
+            input_ids,
+            attention_mask,
+            weight,
+            prompt,
+            token_type_ids,
+            labels,
+            position_start,
+            prompt_index,
+            embed_scale,
+            adjacent,
+            packed,
+            lengths,
+            additive_mask,
         )
     except (IndexError, RuntimeError):
-        if device.type == "cpu":
+        if device == "cpu":
             _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
         raise
     inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, prompt_start, max_length = results
@@ -161,18 +173,14 @@ class _PromptGradient(torch.autograd.Function):
         return backend.backward(grad, shape, dtype, prompt_start, prompt_index, packed), *[None] * 5
 
 
-_NAMES = ("input_ids", "weight", "prompt", "attention_mask", "token_type_ids", "labels", "prompt_index")
-
-
 def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index):
-    tensors = (input_ids, weight, prompt, attention_mask, token_type_ids, labels, prompt_index)
-    for place, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor) and (tensor is not None or place < 3):
-            raise TypeError(f"{_NAMES[place]} must be a torch.Tensor, not {type(tensor).__name__}")
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, tokens]; its shape is {tuple(input_ids.shape)}")
-    if input_ids.dtype not in _INTEGERS:
-        raise TypeError(f"input_ids must be int32 or int64, not {input_ids.dtype}")
+    _check_tensor("input_ids", input_ids)
+    shape, dtype, device = input_ids.shape, input_ids.dtype, input_ids.device
+    if len(shape) != 2:
+        raise ValueError(f"input_ids must be [batch, tokens]; its shape is {tuple(shape)}")
+    if dtype is not torch.int64 and dtype is not torch.int32:
+        raise TypeError(f"input_ids must be int32 or int64, not {dtype}")
+    _check_tensor("weight", weight, device)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a float table [V, d]; it is {weight.dtype} {tuple(weight.shape)}")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -180,41 +188,42 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
             "weight requires grad, but gradient flows into the prompt alone and the table would silently stay as it is:"
             " freeze it first, with weight.requires_grad_(False) or model.requires_grad_(False)"
         )
+    _check_tensor("prompt", prompt, device)
     if not prompt.is_floating_point():
         raise TypeError(f"prompt must be a float tensor, not {prompt.dtype}")
     if prompt.dim() != (2 if prompt_index is None else 3) or prompt.shape[-1] != weight.shape[1]:
-        shape = "[m, d], or a bank [K, m, d] with prompt_index," if prompt_index is None else "a bank [K, m, d]"
+        kind = "[m, d], or a bank [K, m, d] with prompt_index," if prompt_index is None else "a bank [K, m, d]"
         raise ValueError(
-            f"prompt must be {shape} with d = {weight.shape[1]}, the width of weight; it is {tuple(prompt.shape)}"
+            f"prompt must be {kind} with d = {weight.shape[1]}, the width of weight; it is {tuple(prompt.shape)}"
         )
     if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must be {tuple(input_ids.shape)}, as input_ids; it is {tuple(attention_mask.shape)}"
-            )
+        _check_tensor("attention_mask", attention_mask, device, shape)
         if attention_mask.dtype not in _MASKS:
             raise TypeError(f"attention_mask must be bool, int or float, not {attention_mask.dtype}")
-    for name, tensor in (("token_type_ids", token_type_ids), ("labels", labels)):
-        if tensor is not None:
-            if tensor.shape != input_ids.shape:
-                raise ValueError(f"{name} must be {tuple(input_ids.shape)}, as input_ids; it is {tuple(tensor.shape)}")
-            if tensor.dtype not in _INTEGERS:
-                raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
+    if token_type_ids is not None:
+        _check_integers("token_type_ids", token_type_ids, device, shape)
+    if labels is not None:
+        _check_integers("labels", labels, device, shape)
     if prompt_index is not None:
-        if prompt_index.shape != input_ids.shape[:1]:
-            raise ValueError(
-                f"prompt_index must be [{input_ids.shape[0]}], one per row; its shape is {tuple(prompt_index.shape)}"
-            )
-        if prompt_index.dtype not in _INTEGERS:
-            raise TypeError(f"prompt_index must be int32 or int64, not {prompt_index.dtype}")
+        _check_integers("prompt_index", prompt_index, device, shape[:1])
     if position_start is not None and type(position_start) is not int:
         raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
-    device = input_ids.device
-    for place, tensor in enumerate(tensors):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"{_NAMES[place]} is on {tensor.device} and input_ids on {device}: move them to one device"
-            )
+
+
+def _check_tensor(name, tensor, device=None, shape=None):
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if shape is not None and tensor.shape != shape:
+        of = "as input_ids" if len(shape) == 2 else "one per row"
+        raise ValueError(f"{name} must be {tuple(shape)}, {of}; it is {tuple(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
+
+
+def _check_integers(name, tensor, device, shape):
+    _check_tensor(name, tensor, device, shape)
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
 
 
 def _check_lengths(lengths, input_ids, attention_mask, packed):
@@ -263,11 +272,6 @@ def _raise_for_ids(input_ids, attention_mask, weight, prompt, prompt_index):
             raise IndexError(
                 f"prompt_index[{row}] is {prompt_index[row].item()}, outside the bank: it holds prompts 0 to {K - 1}"
             ) from None
-
-
-def _transformed():
-    """Whether torch.func (vmap, jvp, grad) or forward-mode differentiation is at work: they look into no kernel."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 @cache

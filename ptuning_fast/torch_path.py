@@ -6,7 +6,6 @@ prompt is then written over its own columns.
 """
 
 import torch
-import torch.nn.functional as F
 
 
 def forward(
@@ -26,11 +25,67 @@ def forward(
 ):
     """What `ptuning_fast.kernels.forward` does, with the same arguments and results.
 
-    Where `inputs_embeds` is put together by torch.cat, in the prompt's own dtype, it comes with torch's own gradient.
+    Where `inputs_embeds` is put together by torch.cat it may come with torch's own gradient.
     """
     (B, n), d, m = input_ids.shape, weight.shape[1], prompt.shape[-2]
+    if packed or (adjacent and n and attention_mask is not None):
+        return _moved(
+            *(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start),
+            *(prompt_index, embed_scale, packed, additive_mask),
+        )
+    pad, in_front = torch.constant_pad_nd, (m, 0)
+    out_mask = None if attention_mask is None else pad(attention_mask, in_front, 1)
+    out_types = None if token_type_ids is None else pad(token_type_ids, in_front, 0)
+    out_labels = None if labels is None else pad(labels, in_front, -100)
+    position_ids = None if position_start is None else _positions(input_ids, m, position_start, out_mask, None)
+    if additive_mask is not None and out_mask is not None:
+        out_mask = _additive(out_mask, additive_mask)
 
-    start = cu_seq_lens = max_length = keep = column = is_prompt = None
+    other_dtype = prompt.dtype != weight.dtype
+    gradient = prompt.requires_grad and torch.is_grad_enabled()
+    # torch.cat's own gradient is summed in fp32 where the prompt is; half precision by one sum, which is too.
+    own_gradient = gradient and (prompt.dtype in _WIDE or not (other_dtype or prompt_index is not None))
+    # Compiled, torch.cat is fused with what follows, and ids are asserted where they are looked up so.
+    concatenate = m >= n or B * n * d < _SMALL[own_gradient] or torch.compiler.is_compiling()
+    if gradient and not (concatenate and own_gradient):
+        gradient, prompt = False, prompt.detach()
+    if other_dtype and concatenate and not gradient:
+        prompt = prompt.to(weight.dtype)
+    if prompt_index is not None:
+        prompt = prompt.index_select(0, prompt_index)
+    else:  # for one row a view, whose gradient is cheaper than a sum over one row
+        prompt = prompt.unsqueeze(0) if B == 1 else prompt.expand(B, m, d)
+    if other_dtype and gradient:  # not earlier: so its gradient is cast first, and summed then
+        prompt = prompt.to(weight.dtype)
+    if concatenate:
+        inputs_embeds = torch.embedding(weight, input_ids)
+        if embed_scale != 1.0:
+            inputs_embeds.mul_(embed_scale)
+        inputs_embeds = torch.cat((prompt, inputs_embeds), dim=1)
+    else:
+        # The prompt's columns look up id 0, to be written over.
+        inputs_embeds = _look_up(weight, pad(input_ids, in_front, 0), embed_scale)
+        inputs_embeds[:, :m] = prompt
+    return inputs_embeds, out_mask, out_types, out_labels, position_ids, None, None, None
+
+
+def _moved(
+    input_ids,
+    attention_mask,
+    weight,
+    prompt,
+    token_type_ids,
+    labels,
+    position_start,
+    prompt_index,
+    embed_scale,
+    packed,
+    additive_mask,
+):
+    """`forward` where the prompt is not in front of every row: packed, or next to the text of left-padded rows."""
+    (B, n), d, m = input_ids.shape, weight.shape[1], prompt.shape[-2]
+
+    cu_seq_lens = max_length = keep = column = is_prompt = None
     if packed:
         tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         keep = torch.constant_pad_nd(tokens != 0, (m, 0), 1)
@@ -38,7 +93,7 @@ def forward(
         cu_seq_lens = torch.constant_pad_nd(rows.cumsum(0), (1, 0)).to(torch.int32)
         max_length = int(rows.max()) if B else 0
         start = cu_seq_lens[:B]
-    elif adjacent and attention_mask is not None and n:
+    else:
         start = (attention_mask != 0).cumsum(1).eq(0).sum(1)
         s = torch.arange(m + n, device=input_ids.device)
         is_prompt = (s >= start[:, None]) & (s < start[:, None] + m)
@@ -48,71 +103,48 @@ def forward(
         """[B, n] integers in the layout of the output, `fill` on the prompt rows."""
         if tokens is None:
             return None
-        if column is not None:
-            return tokens.gather(1, column).masked_fill_(is_prompt, fill)
-        laid = torch.constant_pad_nd(tokens, (m, 0), fill)
-        return laid if keep is None else laid[keep][None]
+        if packed:
+            return torch.constant_pad_nd(tokens, (m, 0), fill)[keep][None]
+        return tokens.gather(1, column).masked_fill_(is_prompt, fill)
 
     out_mask = None if packed else lay(attention_mask, 1)
     out_types, out_labels = lay(token_type_ids, 0), lay(labels, -100)
     position_ids = _positions(input_ids, m, 0 if packed and position_start is None else position_start, out_mask, keep)
-    if additive_mask is not None and out_mask is not None:
+    if additive_mask is not None:
         out_mask = _additive(out_mask, additive_mask)
 
-    same_dtype = prompt.dtype == weight.dtype
-    own_gradient = same_dtype and prompt.requires_grad and torch.is_grad_enabled()
-    concatenate = start is None and (m >= n or B * n * d < _SMALL[own_gradient])
-    if torch.compiler.is_compiling():  # it fuses what follows by itself, and asserts ids where it looks them up so
-        concatenate = start is None
-    if not concatenate or not same_dtype:
-        prompt = prompt.detach()
-    if prompt_index is not None:
-        prompt = prompt.index_select(0, prompt_index)
-    if concatenate:
-        inputs_embeds = F.embedding(input_ids, weight)
-        inputs_embeds = inputs_embeds if embed_scale == 1.0 else inputs_embeds.mul_(embed_scale)
-        prompt = prompt if same_dtype else prompt.to(weight.dtype)
-        inputs_embeds = torch.cat([prompt.expand(B, m, d), inputs_embeds], dim=1)
-        return inputs_embeds, out_mask, out_types, out_labels, position_ids, None, None, None
-
     # The prompt's columns look up id 0, to be written over.
-    ids = lay(input_ids, 0).reshape(-1)
-    # In its own shape, not as a view of another: autograd lets only such a result be changed in place.
-    shape = (1, len(ids)) if packed else (B, m + n)
-    inputs_embeds = torch.empty(*shape, d, dtype=weight.dtype, device=weight.device)
-    rows = inputs_embeds.view(-1, d)
-    if n or not m:
-        _look_up(weight, ids, rows)
-    if embed_scale != 1.0:
-        rows.mul_(embed_scale)
-    if start is None:
-        inputs_embeds[:, :m] = prompt
-    else:
-        rows[_prompt_rows(start, m, 0 if packed else m + n)] = prompt.to(weight.dtype)
+    inputs_embeds = _look_up(weight, lay(input_ids, 0), embed_scale)
+    prompt = prompt.detach() if prompt_index is None else prompt.detach().index_select(0, prompt_index)
+    rows = _prompt_rows(start, m, 0 if packed else m + n)
+    inputs_embeds.view(-1, d)[rows] = prompt.to(weight.dtype)
     return inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, start, max_length
 
 
 # Below this many elements, and where the prompt is the longer part, a second buffer costs less than looking up the
-# prompt's columns only to write over them. torch.cat's own gradient is then the cheapest too; where the dtypes differ
-# it would be rounded on its way, so `backward` is what gives it there as everywhere else.
+# prompt's columns only to write over them. torch.cat's own gradient is then the cheapest too.
 _SMALL = {False: 2**16, True: 2**19}  # without and with a gradient that is torch.cat's own
+_WIDE = torch.float32, torch.float64
 
 
-def _look_up(weight, ids, out):
-    """Write the rows `weight[ids]` into `out` [len(ids), d]."""
-    if torch.compiler.is_compiling():
-        out.copy_(F.embedding(ids, weight))
-        return
+def _look_up(weight, ids, embed_scale):
+    """The rows weight[ids] [*ids.shape, d], scaled, in memory of their own."""
+    d, size = weight.shape[1], weight.element_size()
     pieces = 1
-    if out.numel() * out.element_size() >= _FRESH and weight.is_contiguous():
-        d, size = weight.shape[1], weight.element_size()
+    if ids.numel() * d * size >= _FRESH and weight.is_contiguous() and not torch.compiler.is_compiling():
         pieces = next((k for k in (1, 2, 4, 8, 16) if d % k == 0 and d // k * size <= _PIECE), 1)
-    if pieces > 1:
-        if ids.numel() and (ids.min() < 0 or ids.max() >= len(weight)):  # a product might lie inside the table again
+    if pieces == 1:
+        rows = torch.embedding(weight, ids)
+    else:
+        if ids.min() < 0 or ids.max() >= len(weight):  # a product might lie inside the table again
             raise IndexError("an id is outside the table")
-        ids = (ids.long()[:, None] * pieces + torch.arange(pieces, device=ids.device)).view(-1)
-        weight, out = weight.view(-1, weight.shape[1] // pieces), out.view(-1, weight.shape[1] // pieces)
-    torch.index_select(weight, 0, ids, out=out)
+        rows = ids.long()[..., None] * pieces + torch.arange(pieces, device=ids.device)
+        # In its own shape, not as a view of another: autograd lets only such a result be changed in place.
+        out = torch.empty(*ids.shape, d, dtype=weight.dtype, device=weight.device)
+        flat = out.view(-1, d // pieces)
+        torch.index_select(weight.view(-1, d // pieces), 0, rows.view(-1), out=flat)
+        rows = out
+    return rows if embed_scale == 1.0 else rows.mul_(embed_scale)
 
 
 # index_select copies row by row with the C library's memcpy. From 2 to 4 KB on, glibc's is one `rep movsb`, which takes

@@ -93,9 +93,9 @@ BAD = {
     "index shape": (
         {"prompt": BANK, "prompt_index": torch.tensor([0, 1, 0])},
         ValueError,
-        r"prompt_index must be \[2\], one per row; its shape is \(3,\)",
+        r"prompt_index must be \(2,\), one per row; it is \(3,\)",
     ),
-    "index 2-D": ({"prompt": BANK, "prompt_index": INDEX[None]}, ValueError, r"prompt_index must be \[2\].*\(1, 2\)"),
+    "index 2-D": ({"prompt": BANK, "prompt_index": INDEX[None]}, ValueError, r"prompt_index must be \(2,\).*\(1, 2\)"),
     "index float": (
         {"prompt": BANK, "prompt_index": INDEX.float()},
         TypeError,

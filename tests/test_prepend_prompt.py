@@ -341,7 +341,7 @@ def test_one_launch(monkeypatch):
 
         monkeypatch.setattr(module, name, Counted(kernel))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert kernels.runs_on(device)
+    assert device.type in kernels.device_types
 
     def launches(batch=4, **options):
         arguments = to_device(case(B=batch, n=4, m=2, d=16), device)
@@ -375,9 +375,11 @@ def test_long_rows_in_pieces(monkeypatch, layout, d):
     arguments = case(B=3, n=7, m=2, d=d, **layout)
     arguments["input_ids"] = arguments["input_ids"].int()
     assert_same(prepend_prompt(**arguments), reference.prepend_prompt(**arguments))
-    ((table, _, ids),) = looked_up
-    assert table.shape[1] * 4 <= 2048 or d == 1030
-    assert ids.numel() * table.shape[1] % d == 0
+    tables = [args[0].shape[1] for args in looked_up if args[0].numel() == arguments["weight"].numel()]
+    if d == 1030:  # no piece of it is short enough
+        assert not tables
+    else:
+        assert len(tables) == 1 and tables[0] * 4 <= 2048
     arguments["input_ids"][1, 3], arguments["attention_mask"][1, 3] = 9, 1
     with pytest.raises(IndexError, match=r"input_ids\[1, 3\] is 9"):
         prepend_prompt(**arguments)
@@ -421,3 +423,18 @@ def test_compiled_for_several_shapes(monkeypatch, options):
         arguments = case(B=B, n=n, m=5, d=256) | options
         expected = reference.prepend_prompt(**arguments)
         assert_same(compiled(**arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bank", [False, True])
+def test_the_torch_path_sums_half_precision_in_fp32(monkeypatch, dtype, bank):
+    """257 ones: in bf16 their sum is 256, in the other two it is 257."""
+    monkeypatch.setattr(functional, "kernels", None)
+    arguments = case(B=257, n=2, m=1, d=8)
+    prompt = torch.zeros(2, 1, 8, dtype=dtype) if bank else torch.zeros(1, 8, dtype=dtype)
+    arguments |= {"weight": arguments["weight"].bfloat16(), "prompt": prompt.requires_grad_()}
+    if bank:
+        arguments["prompt_index"] = torch.zeros(257, dtype=torch.int64)
+    prepend_prompt(**arguments)["inputs_embeds"].backward(torch.ones(257, 3, 8, dtype=torch.bfloat16))
+    assert prompt.grad.dtype == dtype
+    assert (prompt.grad[0] if bank else prompt.grad).unique().tolist() == [256 if dtype == torch.bfloat16 else 257]
