@@ -88,7 +88,7 @@ class _FullAttention(torch.autograd.Function):
             torch.softmax(weights, -1, out=weights)
             kept += [q, k, v, weights]
             if dropout:
-                factors = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout)
+                factors = torch.empty_like(weights).bernoulli_(1 - dropout).div_(max(1 - dropout, 1e-9))
                 weights = weights * factors
                 kept += [factors, weights]
             _rows_first(torch.bmm(weights, v), out[place], g)

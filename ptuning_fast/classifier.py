@@ -280,6 +280,9 @@ class FastPTuning(nn.Module):
         """
         tensors, settings = classifier_files.load(folder)
         name, most = settings["base_model_name_or_path"], settings.get("max_length")
+        if not name and model_name is None:
+            raise ValueError(f"the adapter in {folder} does not name its encoder, which had no name: give model_name")
+        trained_on = name or "an encoder without a name"
         wanted = {key: settings.get(key) for key in classifier_files.SETTINGS if key != "max_length"}
         model = model_name if model_name is not None else name
         rng = torch.random.get_rng_state()
@@ -289,14 +292,16 @@ class FastPTuning(nn.Module):
             model.base_model = _base_model(model_name)
         kinds = settings.get("model_type", model.bert.config.model_type), model.bert.config.model_type
         if kinds[0] != kinds[1]:
-            raise ValueError(f"the adapter in {folder} was trained on a {kinds[0]} ({name}), and this is a {kinds[1]}")
+            raise ValueError(
+                f"the adapter in {folder} was trained on a {kinds[0]} ({trained_on}), and this is a {kinds[1]}"
+            )
         own = dict(model.named_parameters())
         for key in classifier_files.TENSORS:
             if key not in tensors or tensors[key].shape != own[key].shape:
                 found = "missing" if key not in tensors else f"{list(tensors[key].shape)}"
                 raise ValueError(
-                    f"the adapter in {folder} does not fit {model.base_model}: {key} is {found}, "
-                    f"the model needs {list(own[key].shape)} (trained on {name})"
+                    f"the adapter in {folder} does not fit {model.base_model or type(model.bert).__name__}: {key} is {found}, "
+                    f"the model needs {list(own[key].shape)} (trained on {trained_on})"
                 )
         model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)
         model.max_length = min(filter(None, (most, model.max_length)), default=None)

@@ -57,7 +57,8 @@ def prepend_prompt(
         weight: the frozen token table [V, d], fp32, fp16 or bf16.
         prompt: [m, d], or a bank [K, m, d] from which `prompt_index` chooses. Any float dtype: cast to the weight's.
         token_type_ids: [B, n] integers; the prompt rows get 0.
-        labels: [B, n] integers, one per token; the prompt rows get -100, which losses ignore.
+        labels: [B, n] integers, one per token; the prompt rows get -100, which losses ignore. (With `packed` and no
+            prompt rows, m = 0, a causal loss would predict a text's first token from the text before.)
         position_start: position of a row's first real column. Asks for `position_ids`, which count mask-1 columns only.
         prompt_index: [B] int32 or int64 in [0, K).
         embed_scale: factor on the token rows (not on the prompt's), as scaled embeddings have it.

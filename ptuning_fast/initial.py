@@ -47,4 +47,10 @@ def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokeni
     with torch.no_grad():
         # Offloaded weights are on no device yet; whoever brings them in takes the ids along.
         device = embedding.weight.device
-        return embedding(ids if device.type == "meta" else ids.to(device)).float().cpu()
+        rows = embedding(ids if device.type == "meta" else ids.to(device))
+        if not isinstance(rows, Tensor):
+            raise TypeError(
+                f"the input embedding, {type(embedding).__name__}, returns more than its rows ({type(rows).__name__}): "
+                "a prompt cannot stand before a model that goes on with the rest"
+            )
+        return rows.float().cpu()

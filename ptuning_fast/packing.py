@@ -6,11 +6,17 @@ mask is registered for ours, so none is built and nothing waits for the GPU; whe
 """
 
 import contextlib
+import inspect
+import threading
+from itertools import accumulate
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .positions import counts_columns
+from .positions import counts_columns, position_start
+from .trial import is_known, off_by, ordinary_tokens, tolerance, trial
 from .varlen import Sequences, varlen_attention
 
 __all__ = ["check_packable", "packed_attention", "refuse_checkpointing", "serve_packed"]
@@ -21,10 +27,9 @@ NAME = "ptuning_fast_varlen"
 def check_packable(model: nn.Module) -> None:
     """TypeError for a model whose attention cannot be given a packed batch, with the reason.
 
-    (What shows only in the arguments of an attention call, such as attention sinks, is refused there.)
-
     Such are models that do not go through transformers' AttentionInterface, most of them because they add a bias of
-    their own to the scores: ALiBi (Bloom), relative positions (T5, DeBERTa, MPNet).
+    their own to the scores: ALiBi (Bloom), relative positions (T5, DeBERTa, MPNet). An architecture that the tests do
+    not cover is tried out besides: two texts in a packed batch, against what it says of each alone.
     """
     name, config = type(model).__name__, model.config
     if not getattr(model, "_supports_attention_backend", False) or config.is_encoder_decoder:
@@ -40,6 +45,60 @@ def check_packable(model: nn.Module) -> None:
     if not kinds <= {"full_attention", "sliding_attention"}:
         others = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
         raise TypeError(f"{name} has layers of {others}, which packed batches are not served with: take mode='prepend'")
+    if not is_known(model):
+        _try_out(model)
+
+
+def _try_out(model):
+    table, takes = model.get_input_embeddings(), inspect.signature(model.forward).parameters
+    if type(table.weight) not in (torch.Tensor, nn.Parameter):  # sharded or quantised: no place for trials
+        return
+    tokens = torch.tensor(ordinary_tokens(model.config, table.weight.shape[0], 11), device=table.weight.device)
+    lengths = [7, 4]
+    ends = [0, *accumulate(lengths)]
+    places = [slice(start, end) for start, end in zip(ends, ends[1:])]
+    with trial(model):
+        try:
+            alone = []
+            for place in places:
+                ids = tokens[None, place]
+                out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+                alone.append(_per_token(out, ids.shape[1], slice(None)))
+            embeds = table(tokens[None])
+        except Exception:  # whatever a model that needs more than ids does
+            return
+        start = position_start(model)
+        counted = torch.cat([torch.arange(start, start + length) for length in lengths])
+        inputs = {"inputs_embeds": embeds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+        inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = torch.tensor(ends, dtype=torch.int32).to(tokens.device)
+        if "position_ids" in takes:
+            inputs["position_ids"] = counted[None].to(tokens.device)
+        name, mistake = type(model).__name__, None
+        try:
+            with packed_attention(model) as packed:
+                out = model(**inputs, packed=packed)
+        except Exception as error:  # what a layer that cannot be served raises
+            mistake = str(error).partition(": take mode=")[0]
+        if mistake is None:
+            off = off_by([_per_token(out, ends[-1], place) for place in places], alone)
+            if off > tolerance(model):
+                mistake = f"texts in one see each other, or positions differ (outputs off by {off:.2g} of the largest)"
+        if mistake is not None:
+            raise TypeError(f"{name}, tried out, cannot be given a packed batch ({mistake}): take mode='prepend'")
+
+
+def _per_token(out, columns, place):
+    """The outputs [1, columns, ...] of a model, and of those the columns in `place`."""
+    tensors = {name: value for name, value in out.items() if torch.is_tensor(value) and value.is_floating_point()}
+    return {name: value[0, place].float() for name, value in tensors.items() if value.shape[:2] == (1, columns)}
+
+
+# Configs of the forwards that are under way, by their id: [config, its attention before, how many forwards].
+_changed, _lock = {}, threading.Lock()
+
+
+def _locked():
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _lock  # a lock is not traced
 
 
 class _Packed:
@@ -47,8 +106,11 @@ class _Packed:
 
     def __init__(self, model):
         self.config, self.name, self.layers = model.config, type(model).__name__, 0
-        self.before, self.sequences = self.config._attn_implementation, None
-        self.config._attn_implementation = NAME
+        self.sequences, self.ended = None, False
+        with _locked():  # threads, and the replicas of DataParallel, have forwards under way with one config
+            entry = _changed.setdefault(id(self.config), [self.config, self.config._attn_implementation, 0])
+            entry[2] += 1
+            self.config._attn_implementation = NAME
 
     def next_layer(self, cu_seq_lens, max_length=None):
         """Count a layer, and say where the sequences are."""
@@ -59,7 +121,15 @@ class _Packed:
 
     def end(self, check):
         """Put the attention back; RuntimeError where not every layer came to ours."""
-        self.config._attn_implementation = self.before
+        if self.ended:
+            return
+        self.ended = True
+        with _locked():
+            entry = _changed[id(self.config)]
+            entry[2] -= 1
+            if entry[2] == 0:
+                self.config._attn_implementation = entry[1]
+                del _changed[id(self.config)]
         if check and self.layers != self.config.num_hidden_layers:
             raise RuntimeError(
                 f"{self.layers} of the {self.config.num_hidden_layers} layers of {self.name} computed packed "
@@ -89,30 +159,53 @@ def serve_packed(model: nn.Module) -> None:
         model.register_forward_hook(_end, with_kwargs=True, always_call=True)
 
 
+# What _begin began, of each model by thread. KeyboardInterrupt passes hooks by: the next call then finds it here.
+_begun = WeakKeyDictionary()
+
+
+def _thread():
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()  # a call that is not traced
+
+
 def _begin(model, args, kwargs):
+    if model in _begun:
+        _end_interrupted(model)
     if kwargs.get("cu_seq_lens_q") is None or "packed" in kwargs:
         return None
     if kwargs.get("past_key_values") is not None:
         raise ValueError("a packed batch is for one forward, without a cache: for generate take mode='prepend'")
     refuse_checkpointing(model)
-    model.__dict__["_ptuning_fast_packed"] = packed = _Packed(model)
+    packed = _Packed(model)
+    _begun.setdefault(model, {})[_thread()] = packed
     return args, kwargs | {"packed": packed}
 
 
 def _end(model, args, kwargs, output):
-    packed = model.__dict__.get("_ptuning_fast_packed")
+    begun = _begun.get(model, {})
+    packed = begun.get(_thread())
     if packed is not None and kwargs.get("packed") is packed:
-        del model.__dict__["_ptuning_fast_packed"]
+        del begun[_thread()]
         packed.end(check=output is not None)
+
+
+def _end_interrupted(model):
+    packed = _begun[model].pop(_thread(), None)
+    if packed is not None:
+        packed.end(check=False)
 
 
 def refuse_checkpointing(model: nn.Module) -> None:
     """ValueError where layers would be computed again when what is in force for one forward no longer is."""
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if model.training and any(map(_is_checkpointed, model.modules())):
         raise ValueError(
             "gradient checkpointing computes layers again when mode='packed' and prune are no longer in force: "
             "take mode='prepend' with prune=False, or do without it"
         )
+
+
+def _is_checkpointed(module):
+    """By transformers, or by torch's checkpoint_wrapper."""
+    return getattr(module, "gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper"
 
 
 # What models hand to every attention function and what changes nothing here.
@@ -127,8 +220,8 @@ def attention(
     value,
     attention_mask,
     *,
-    cu_seq_lens_q,
-    packed,
+    cu_seq_lens_q=None,
+    packed=None,
     max_length_q=None,
     dropout=0.0,
     scaling=None,
@@ -138,7 +231,12 @@ def attention(
     **kwargs,
 ):
     """An attention function of transformers: [1, heads, T, e] three times, and [1, T, heads, e] back."""
-    unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and value is not None]
+    if packed is None:
+        raise RuntimeError(
+            "the model is in the middle of a packed forward, begun in another thread or by a model with the same config "
+            "object: what is not packed has to wait for its end"
+        )
+    unknown = [name for name, value in kwargs.items() if not (name in _HARMLESS or value is None or value is False)]
     if unknown:
         raise TypeError(
             f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed batches are not "

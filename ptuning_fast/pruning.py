@@ -5,6 +5,8 @@ On a CPU nothing is in its attention either (pooled_attention.py).
 
 import contextlib
 import functools
+import threading
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,9 @@ def prunable(model: nn.Module) -> bool:
     return pruned.shape == full.shape and torch.allclose(pruned, full, rtol=1e-3, atol=1e-3)
 
 
+_locks = WeakKeyDictionary()  # of the models that are changed, each for one forward of one thread
+
+
 @contextlib.contextmanager
 def pooled_rows_only(model: nn.Module, columns: Tensor):
     """Inside, `last_hidden_state` has the pooled rows alone.
@@ -51,22 +56,33 @@ def pooled_rows_only(model: nn.Module, columns: Tensor):
     """
 
     columns = columns.long()
+    lock, owner = _locks.setdefault(model, threading.RLock()), threading.get_ident()
+
+    def elsewhere():
+        return threading.get_ident() != owner
 
     def select(rows):
         if len(rows) == len(columns):
             return rows.take_along_dim(columns[:, None, None], 1)
         return rows[:, columns]
 
-    rest = _LAST[type(model).__name__](model)
-    attention = _self_attention(model)
-    with contextlib.ExitStack() as changes:
+    with lock, contextlib.ExitStack() as changes:
+        rest = _LAST[type(model).__name__](model)
+        attention = _self_attention(model)
         if attention is None:
-            hook = rest.register_forward_pre_hook(lambda module, arguments: tuple(select(rows) for rows in arguments))
+
+            def part(module, arguments):
+                return arguments if elsewhere() else tuple(select(rows) for rows in arguments)
+
         else:
-            hook = rest.register_forward_pre_hook(lambda module, arguments: (arguments[0], select(arguments[1])))
-            attention.forward = functools.partial(_pooled_attention, attention, select)
+            whole, pooled = attention.forward, functools.partial(_pooled_attention, attention, select)
+            attention.forward = lambda *args, **kwargs: (whole if elsewhere() else pooled)(*args, **kwargs)
             changes.callback(delattr, attention, "forward")
-        changes.callback(hook.remove)
+
+            def part(module, arguments):
+                return arguments if elsewhere() else (arguments[0], select(arguments[1]))
+
+        changes.callback(rest.register_forward_pre_hook(part).remove)
         yield
 
 

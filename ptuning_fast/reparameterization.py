@@ -40,7 +40,10 @@ class PromptEncoder(nn.Module):
         self._cached = None
 
     def forward(self, parameters: Tensor) -> Tensor:
-        """The prompt. In eval mode without gradients it is computed once, until something is trained or loaded."""
+        """The prompt. In eval mode without gradients it is computed once, until something is trained or loaded.
+
+        (Weights that were changed through `.data` are noticed at the next call of `train()` or `eval()`.)
+        """
         if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(parameters.device.type):
             return self._encode(parameters)
         sources = (parameters, *self.parameters())

@@ -16,7 +16,7 @@ __all__ = ["SoftPrompt"]
 
 
 class SoftPrompt(nn.Module):
-    """Trainable vectors in front of a model's input; the model itself is neither touched nor a submodule.
+    """Trainable vectors in front of a model's input; the model's weights are not touched, and it is no submodule.
 
         prompt = SoftPrompt(model, length=20)
         out = model(**prompt(input_ids, attention_mask, labels=labels))
@@ -137,6 +137,11 @@ class SoftPrompt(nn.Module):
         check(mode, self.model, serving)
         if mode == "packed" and labels is not None and not per_token:
             raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
+        if mode == "packed" and labels is not None and self.length == 0 and not flattened:
+            raise ValueError(
+                "mode='packed' with labels needs a prompt of one row at least: the end of one text would be held to "
+                "predict the first token of the next; take mode='prepend'"
+            )
         inputs = model_inputs(mode, self.model, serving, tokens, self.embeddings(), prompt_index, lengths)
         if labels is not None and not per_token:
             inputs["labels"] = labels

@@ -4,6 +4,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from random import Random
 
 import torch
@@ -13,6 +14,7 @@ from .classifier import FastPTuning
 from .docstrings import stdlib_docstrings
 from .encoder import DEMO, load_encoder
 from .packing import check_packable
+from .precision import DTYPES
 from .reference import ReferencePTuning
 from .serving import is_causal
 from .tables import InputError, read_labelled
@@ -188,6 +190,9 @@ def _compare_speed(model, trainer, steps=5):
         print(f"examples/s: the torch.cat reference takes no {type(encoder).__name__}, so there is nothing to compare")
         return
     device = next(encoder.parameters()).device
+    # Its linear layers are in half precision already: what autocast makes of them, without the casts.
+    autocast = torch.autocast(device.type, DTYPES.get(model.precision), enabled=model.precision is not None)
+    precision = "" if model.precision is None else f", both in {model.precision}"
     reference = ReferencePTuning(encoder, model.prompt_length, model.num_labels).to(device).train()
     model.train()
     batches = []
@@ -200,8 +205,9 @@ def _compare_speed(model, trainer, steps=5):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        logits = module(batch["input_ids"], batch["attention_mask"])
-        torch.nn.functional.cross_entropy(logits, batch["labels"]).backward()
+        with autocast if module is reference else nullcontext():
+            logits = module(batch["input_ids"], batch["attention_mask"])
+        torch.nn.functional.cross_entropy(logits.float(), batch["labels"]).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return len(batch["labels"]) / (time.perf_counter() - start)
@@ -220,5 +226,5 @@ def _compare_speed(model, trainer, steps=5):
     ratio = statistics.median(ratios)
     print(
         f"examples/s in training steps: {fast:.1f}, the torch.cat reference {slow:.1f}: x {ratio:.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(pairs)} pairs of steps on {device.type}, mode {model.mode!r})"
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(pairs)} pairs of steps on {device.type}, mode {model.mode!r}{precision})"
     )

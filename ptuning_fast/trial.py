@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_known", "off_by", "outputs_alone_and_padded", "tolerance", "trial"]
+__all__ = ["is_known", "off_by", "ordinary_tokens", "outputs_alone_and_padded", "tolerance", "trial"]
 
 # What tests/zoo.py shows to be served as promised. Everything else is tried out before it is served.
 _KNOWN = {"albert", "bart", "bert", "bloom", "deberta-v2", "distilbert", "electra", "gemma", "gemma2", "gemma3_text"}
@@ -48,7 +48,7 @@ def outputs_alone_and_padded(model: nn.Module, inputs_for: Callable, length: int
     if type(table.weight) not in (Tensor, nn.Parameter):  # sharded or quantised: no place for trials
         return None
     device = table.weight.device
-    tokens = _ordinary_tokens(model.config, table.weight.shape[0], length + 6)
+    tokens = ordinary_tokens(model.config, table.weight.shape[0], length + 6)
     first, texts = tokens[:length], [tokens[length:], tokens[length : length + 3]]
     found = {}
     with trial(model):
@@ -104,7 +104,7 @@ def tolerance(model: nn.Module) -> float:
     return 0.1 if dtype in (torch.float16, torch.bfloat16) else 3e-3
 
 
-def _ordinary_tokens(config, V, count):
+def ordinary_tokens(config, V: int, count: int) -> list[int]:
     """`count` different ids that mean nothing special."""
     special = {value for key, value in config.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
     ordinary = [token for token in range(V - 1, -1, -1) if token not in special]

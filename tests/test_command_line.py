@@ -86,6 +86,15 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     assert all(0.5 <= float(score) <= 1 for _, score in lines)
 
 
+@pytest.mark.parametrize("mode", ["packed", "prepend"])
+def test_half_precision(rows, tmp_path, capsys, mode):
+    options = ["--precision", "bf16", "--mode", mode, "--epochs", "0.2", "--batch-size", "8", "--prompt-length", "2"]
+    file, folder = write(tmp_path / "train.csv", rows), str(tmp_path / "a")
+    assert main(["train", "--train-file", file, "--output", folder, *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"mode {mode!r}, both in bf16)" in printed and "adapter saved in" in printed
+
+
 def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "_compare_speed", lambda model, trainer: None)
     long = [*rows[:10], ("word " * 700, "xml"), *rows[-10:]]

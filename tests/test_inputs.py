@@ -157,3 +157,11 @@ def test_a_prompt_before_a_prompt():
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(TypeError, match="puts a prompt of PEFT's in front"):
         SoftPrompt(peft.get_peft_model(zoo.build("Llama"), settings), 3)
+
+
+def test_embeddings_that_return_more_than_rows():
+    from transformers import IBertConfig, IBertModel
+
+    sizes = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(TypeError, match="QuantEmbedding, returns more than its rows"):
+        SoftPrompt(IBertModel(IBertConfig(**sizes, intermediate_size=32)), 2)

@@ -1,6 +1,7 @@
 """Mode "packed" of SoftPrompt: no padding rows, and each text's outputs and gradients are those of the text alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import zoo
 from transformers import AutoTokenizer, DataCollatorWithFlattening
 
-from ptuning_fast import SoftPrompt, functional, packing, reference
+from ptuning_fast import FastPTuning, SoftPrompt, functional, packing, reference
 
 PACKABLE = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "ALBERT", "ModernBERT", "GPT-2", "OPT", "Llama"]
 PACKABLE += ["Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3"]
@@ -178,6 +179,84 @@ def test_the_attention_is_put_back_after_an_error():
     assert model(**inputs).logits.isfinite().all()
 
 
+def test_the_attention_is_put_back_after_an_interruption():
+    """KeyboardInterrupt, which passes torch's hooks by: the next call, of whatever kind, finds the model as it was."""
+    model = zoo.build("Llama")
+    before = model.config._attn_implementation
+    prompt, (ids, mask) = SoftPrompt(model, zoo.M), zoo.padded(zoo.texts(), "right")
+    plain, packed = (model(**prompt(ids, mask, mode=mode)).logits for mode in ("prepend", "packed"))
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    for mode, expected in (("prepend", plain), ("packed", packed)):
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**prompt(ids, mask, mode="packed"))
+        hook.remove()
+        assert torch.equal(model(**prompt(ids, mask, mode=mode)).logits, expected)
+        assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_threads(prune):
+    """One model, several threads with packed batches of their own."""
+    model, rows = zoo.build("BERT").eval(), zoo.texts()
+    before = model.config._attn_implementation
+    fast = FastPTuning(model, 3, pooling="cls", mode="packed", prune=prune).eval()
+    prompt = SoftPrompt(model, 3)
+    batches = [zoo.padded(some, "right") for some in (rows, rows[::-1], rows[:2], rows[1:])]
+
+    def outputs(batch):
+        with torch.no_grad():
+            return fast(*batch), model(**prompt(*batch, mode="packed")).last_hidden_state
+
+    expected = [outputs(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(outputs, batches * 30))
+    assert all(torch.equal(a, b) for one, other in zip(found, expected * 30) for a, b in zip(one, other))
+    assert model.config._attn_implementation == before
+
+
+def test_a_plain_call_in_the_middle_of_a_packed_one():
+    """By a model with the same config object: refused, and nothing is left behind."""
+    model = zoo.build("Llama")
+    other = type(model)(model.config)
+    before = model.config._attn_implementation
+    prompt, (ids, mask) = SoftPrompt(model, zoo.M), zoo.padded(zoo.texts(), "right")
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *args: other(input_ids=ids) and None)
+    with pytest.raises(RuntimeError, match="in the middle of a packed forward"):
+        model(**prompt(ids, mask, mode="packed"))
+    hook.remove()
+    assert model.config._attn_implementation == before
+    assert other(input_ids=ids).logits.isfinite().all()
+
+
+def test_unknown_architectures_are_tried_out():
+    """MobileBERT looks at a row's neighbours before its attention; mixtures of experts are as any decoder."""
+    from transformers import MixtralConfig, MixtralForCausalLM, MobileBertConfig, MobileBertModel
+
+    sizes = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    leaky = MobileBertModel(
+        MobileBertConfig(**sizes, intermediate_size=32, embedding_size=16, intra_bottleneck_size=16)
+    )
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    before = leaky.config._attn_implementation
+    for build in (lambda: SoftPrompt(leaky, 3)(ids, mask, mode="packed"), lambda: FastPTuning(leaky, 3, mode="packed")):
+        with pytest.raises(TypeError, match="texts in one see each other.*mode='prepend'"):
+            build()
+    assert leaky.config._attn_implementation == before and leaky.training
+    experts = MixtralForCausalLM(
+        MixtralConfig(**sizes, intermediate_size=32, num_key_value_heads=2, num_local_experts=2, pad_token_id=0)
+    ).eval()
+    prompt = SoftPrompt(experts, 3)
+    inputs = prompt(ids, mask, mode="packed")
+    outs = texts_of(experts(**inputs).logits, inputs)
+    padded = experts(**prompt(ids, mask)).logits
+    for out, of_row in zip(outs, padded):
+        assert_close(out, of_row[: len(out)])
+
+
 def test_refusals():
     ids, mask = zoo.padded(zoo.texts(), "right")
     for name in ("DeBERTa-v2", "MPNet", "Bloom", "T5", "BART"):
@@ -190,6 +269,8 @@ def test_refusals():
     prompt = SoftPrompt(model, 3)
     with pytest.raises(ValueError, match="one per token"):
         prompt(ids, mask, labels=ids[:, 0], mode="packed")
+    with pytest.raises(ValueError, match="labels needs a prompt of one row"):
+        SoftPrompt(model, 0)(ids, mask, labels=ids, mode="packed")
     with pytest.raises(ValueError, match="lengths is for mode='packed'"):
         prompt(ids, mask, lengths=mask.sum(1))
     with pytest.raises(ValueError, match="for generate take"):

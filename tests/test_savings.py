@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer
@@ -444,6 +445,11 @@ def test_refusals():
         ids, mask = zoo.padded(zoo.texts(), "right")
         with pytest.raises(ValueError, match="gradient checkpointing"):
             fast(ids, mask)
+    fast = build("BERT", mode="packed").train()
+    layers = fast.bert.encoder.layer
+    layers[0] = checkpoint_wrapper(layers[0])
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        fast(ids, mask)
 
 
 def test_files_and_copies(tmp_path):
@@ -465,9 +471,9 @@ def test_attention_with_more_to_it():
     sizes = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32, "num_local_experts": 2}
     sinks = GptOssModel(GptOssConfig(**sizes, num_experts_per_tok=1, pad_token_id=0))
-    fast = FastPTuning(sinks, 3, pooling="last", mode="packed")
     with pytest.raises(TypeError, match=r"asks for attention with s_aux.*mode='prepend'"):
-        fast(*zoo.padded(zoo.texts(), "right"))
+        FastPTuning(sinks, 3, pooling="last", mode="packed")
+    assert sinks.config._attn_implementation != packing.NAME
     chunks = Llama4TextModel(
         Llama4TextConfig(**sizes, attention_chunk_size=4, intermediate_size_mlp=32, pad_token_id=0)
     )

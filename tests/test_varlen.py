@@ -163,7 +163,7 @@ def test_dropout_by_length():
     assert abs(out.mean().item() - 1) < 0.02  # 2,048 rows with a deviation of 0.07 each
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
 def test_gradient_of_full_attention(dropout):
     """Against finite differences, in fp64, with the same draws each time."""
     q, k, v = (
