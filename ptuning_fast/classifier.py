@@ -12,7 +12,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from . import adapter, classifier_files, embedding
 from .additive_mask import takes_additive_mask
 from .initial import initial_prompt
-from .packing import check_packable, packed_attention, refuse_checkpointing
+from .packable import check_packable
+from .packing import packed_attention, refuse_checkpointing
 from .pooling import POOLINGS, mean_of_tokens, pooled_columns, pooled_rows
 from .precision import DTYPES, store_linears
 from .pruning import pooled_rows_only, prunable
@@ -299,8 +300,9 @@ class FastPTuning(nn.Module):
         for key in classifier_files.TENSORS:
             if key not in tensors or tensors[key].shape != own[key].shape:
                 found = "missing" if key not in tensors else f"{list(tensors[key].shape)}"
+                other = model.base_model or type(model.bert).__name__
                 raise ValueError(
-                    f"the adapter in {folder} does not fit {model.base_model or type(model.bert).__name__}: {key} is {found}, "
+                    f"the adapter in {folder} does not fit {other}: {key} is {found}, "
                     f"the model needs {list(own[key].shape)} (trained on {trained_on})"
                 )
         model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)

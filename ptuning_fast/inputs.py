@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import embedding
-from .packing import check_packable, serve_packed
+from .packable import check_packable
+from .packing import serve_packed
 from .serving import Serving, unwrapped
 from .shared import cached_rows, check_shareable, left_padding_shifts
 from .trial import is_known, off_by, outputs_alone_and_padded, tolerance

@@ -13,7 +13,7 @@ from . import adapter
 from .classifier import FastPTuning
 from .docstrings import stdlib_docstrings
 from .encoder import DEMO, load_encoder
-from .packing import check_packable
+from .packable import check_packable
 from .precision import DTYPES
 from .reference import ReferencePTuning
 from .serving import is_causal
@@ -226,5 +226,6 @@ def _compare_speed(model, trainer, steps=5):
     ratio = statistics.median(ratios)
     print(
         f"examples/s in training steps: {fast:.1f}, the torch.cat reference {slow:.1f}: x {ratio:.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(pairs)} pairs of steps on {device.type}, mode {model.mode!r}{precision})"
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(pairs)} pairs of steps on {device.type}, "
+        f"mode {model.mode!r}{precision})"
     )

@@ -225,10 +225,10 @@ def test_loading_what_does_not_fit(minilm, tmp_path):
     with pytest.raises(FileNotFoundError, match="no adapter"):
         FastPTuning.from_pretrained(tmp_path / "elsewhere")
     FastPTuning(small("bert"), 4, 3).save_pretrained(tmp_path / "nameless")
-    with pytest.raises(ValueError, match="does not name its encoder.*give model_name"):
+    with pytest.raises(ValueError, match=r"does not name its encoder.*give model_name"):
         FastPTuning.from_pretrained(tmp_path / "nameless")
     assert FastPTuning.from_pretrained(tmp_path / "nameless", small("bert")).num_labels == 3
-    with pytest.raises(ValueError, match="does not fit.*trained on an encoder without a name"):
+    with pytest.raises(ValueError, match=r"does not fit.*trained on an encoder without a name"):
         FastPTuning.from_pretrained(tmp_path / "nameless", minilm)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(ValueError, match="damaged"):

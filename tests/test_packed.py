@@ -243,7 +243,7 @@ def test_unknown_architectures_are_tried_out():
     ids, mask = zoo.padded(zoo.texts(), "right")
     before = leaky.config._attn_implementation
     for build in (lambda: SoftPrompt(leaky, 3)(ids, mask, mode="packed"), lambda: FastPTuning(leaky, 3, mode="packed")):
-        with pytest.raises(TypeError, match="texts in one see each other.*mode='prepend'"):
+        with pytest.raises(TypeError, match=r"texts in one see each other.*mode='prepend'"):
             build()
     assert leaky.config._attn_implementation == before and leaky.training
     experts = MixtralForCausalLM(
