@@ -97,6 +97,7 @@ def measure(benchmark, config, run, fast, *, copied=0, least_rounds=None):
     info["rounds"] = len(seconds["run"])
     info["wall_us"] = quartiles(1e6 * second for second in seconds["run"])
     info["times_fast"] = quartiles(one / other for one, other in zip(*map(by_two, (seconds["run"], seconds["fast"]))))
+    info["times_fast_in_all"] = sum(seconds["run"]) / sum(seconds["fast"])
     if copied:
         info["share_of_copy"] = quartiles(one / other for one, other in zip(seconds["copy"], seconds["run"]))
         info["gb_per_s"] = 2 * copied / statistics.median(seconds["run"]) / 1e9

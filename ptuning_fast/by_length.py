@@ -81,17 +81,16 @@ class _FullAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, groups, scale, dropout):
         ctx.groups, ctx.scale, ctx.dropout = groups, scale, dropout
         out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
-        for g, place in _places(groups):
-            q, k, v = (_heads_first(one[place], g) for one in (query, key, value))
-            q = q * scale
-            weights = torch.bmm(q, k.transpose(1, 2))
+        for g, q, k, v, of_group in _by_group(groups, query, key, value, out):
+            q, k, v = _heads_first(q, g), _heads_first(k, g), _heads_first(v, g)
+            weights = _scaled(q, k.transpose(1, 2), scale)
             torch.softmax(weights, -1, out=weights)
             kept += [q, k, v, weights]
             if dropout:
                 factors = torch.empty_like(weights).bernoulli_(1 - dropout).div_(max(1 - dropout, 1e-9))
                 weights = weights * factors
                 kept += [factors, weights]
-            _rows_first(torch.bmm(weights, v), out[place], g)
+            _rows_first(torch.bmm(weights, v), of_group, g)
         ctx.save_for_backward(*kept)
         return out
 
@@ -99,37 +98,44 @@ class _FullAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         kept = iter(ctx.saved_tensors)
-        of_query, of_key, of_value = (torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(3))
-        for g, place in _places(ctx.groups):
+        out = [torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(3)]
+        for g, of_out, of_query, of_key, of_value in _by_group(ctx.groups, grad, *out):
             q, k, v, weights = (next(kept) for _ in range(4))
             factors, dropped = (next(kept), next(kept)) if ctx.dropout else (None, weights)
-            of_out = _heads_first(grad[place], g)
-            _rows_first(torch.bmm(dropped.transpose(1, 2), of_out), of_value[place], g)
+            of_out = _heads_first(of_out, g)
+            _rows_first(torch.bmm(dropped.transpose(1, 2), of_out), of_value, g)
             of_weights = torch.bmm(of_out, v.transpose(1, 2))
             if ctx.dropout:
                 of_weights.mul_(factors)
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            _rows_first(torch.bmm(of_scores, k).mul_(ctx.scale), of_query[place], g)
-            _rows_first(torch.bmm(of_scores.transpose(1, 2), q), of_key[place], g)
-        return of_query, of_key, of_value, None, None, None
+            _rows_first(_scaled(of_scores, k, ctx.scale), of_query, g)
+            _rows_first(_scaled(of_scores.transpose(1, 2), q, ctx.scale), of_key, g)
+        return *out, None, None, None
 
 
-def _places(groups):
-    """(sequences, slice of their rows) of each group that has rows."""
-    start = 0
-    for g, n in groups:
-        if n:
-            yield g, slice(start, start + g * n)
-        start += g * n
+def _by_group(groups, *tensors):
+    """(g, rows of each of `tensors`) for each group that has rows."""
+    parts = (one.split([g * n for g, n in groups]) for one in tensors)
+    return ((g, *rows) for (g, n), *rows in zip(groups, *parts) if n)
+
+
+def _scaled(a, b, scale):
+    """scale * a @ b, batch by batch."""
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 def _heads_first(rows, g):
-    """[g * n, H, e] as [g * H, n, e]."""
+    """[g * n, H, e] as [g * H, n, e]: for one sequence a view."""
     _, H, e = rows.shape
+    if g == 1:
+        return rows.transpose(0, 1)
     return rows.view(g, -1, H, e).transpose(1, 2).reshape(g * H, -1, e)
 
 
 def _rows_first(heads, out, g):
     """Put [g * H, n, e] back as the rows [g * n, H, e]."""
     _, H, e = out.shape
-    out.view(g, -1, H, e).copy_(heads.view(g, H, -1, e).transpose(1, 2))
+    if g == 1:
+        out.copy_(heads.transpose(0, 1))
+    else:
+        out.view(g, -1, H, e).copy_(heads.view(g, H, -1, e).transpose(1, 2))

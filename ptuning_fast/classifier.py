@@ -16,6 +16,7 @@ from .packable import check_packable
 from .packing import packed_attention, refuse_checkpointing
 from .pooling import POOLINGS, mean_of_tokens, pooled_columns, pooled_rows
 from .precision import DTYPES, store_linears
+from .prompt_rows import prompt_rows_only
 from .pruning import pooled_rows_only, prunable
 from .serving import Serving, is_causal
 
@@ -43,8 +44,9 @@ class FastPTuning(nn.Module):
         init: what the prompt starts as: `"normal"`, `"vocab"` (sampled token rows), a text, or a tensor [m, d].
         mode: `"prepend"`, the layout of the torch.cat module; `"packed"` leaves the padding out: the sequences go
             through the encoder one behind the other, each with attention to itself.
-        prune: whether behind the last layer's attention only the pooled row is computed. Done where the architecture is
-            recognised and the pooling is not `"mean"`; by default in mode `"packed"`, as in mode `"prepend"` the logits
+        prune: whether behind the last layer's attention only the pooled row is computed (and on a CPU, in the first layer
+            of a BERT, the gradient of the prompt's rows alone). Done where the architecture is recognised and the
+            pooling is not `"mean"`; by default in mode `"packed"`, as in mode `"prepend"` the logits
             are else the reference's bit by bit.
         additive_mask: in mode `"prepend"`, whether the encoder is given its padding mask as its attention adds it, and
             so neither asks anything of it nor builds another: a step then never waits for the GPU, and can be captured
@@ -226,6 +228,7 @@ class FastPTuning(nn.Module):
                 inputs["packed"] = savings.enter_context(packed_attention(self.bert))
             if self.prune:
                 savings.enter_context(pooled_rows_only(self.bert, self._columns(inputs, input_ids, attention_mask)))
+                savings.enter_context(prompt_rows_only(self.bert, self._prompt_rows(inputs)))
             savings.enter_context(self._precision(input_ids.device))
             return self.bert(**inputs).last_hidden_state
 
@@ -236,6 +239,15 @@ class FastPTuning(nn.Module):
             return pooled_rows(self.pooling, m, inputs["cu_seq_lens_q"].long())
         place = {"adjacent": not self._as_reference, "B": B, "device": input_ids.device}
         return pooled_columns(self.pooling, m, n, attention_mask, **place)
+
+    def _prompt_rows(self, inputs):
+        """[B * m]: numbers of the prompt's rows in the flattened batch, where the prompt is in front of every row."""
+        embeds = inputs["inputs_embeds"]
+        if self.mode == "packed":
+            first = inputs["cu_seq_lens_q"][:-1].long()
+        else:
+            first = torch.arange(0, embeds.shape[0] * embeds.shape[1], embeds.shape[1], device=embeds.device)
+        return (first[:, None] + torch.arange(self.prompt_length, device=embeds.device)).flatten()
 
     def _pool(self, hidden, inputs, input_ids, attention_mask):
         """[B, d]"""

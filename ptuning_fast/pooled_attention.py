@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .patching import is_untouched
+
 __all__ = ["attend", "is_understood"]
 
 
 def is_understood(attention: nn.Module) -> bool:
     """Whether `attention` is a BERT's self-attention of plain linear layers, whose weights may be read."""
     linears = [getattr(attention, name, None) for name in ("query", "key", "value")]
-    hooked = any(one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one) for one in linears if one)
-    return not hooked and all(type(one) is nn.Linear for one in linears) and hasattr(attention, "num_attention_heads")
+    plain = all(type(one) is nn.Linear and is_untouched(one) for one in linears)
+    return plain and hasattr(attention, "num_attention_heads")
 
 
 def attend(attention: nn.Module, rows: Tensor, texts: list[Tensor], masks: list[Tensor | None]) -> Tensor:
@@ -40,7 +42,8 @@ def attend(attention: nn.Module, rows: Tensor, texts: list[Tensor], masks: list[
         sums, totals = [], []
         for query, text, mask in zip(queries.split([len(text) for text in texts]), texts, masks):
             text = text.float()
-            scores = torch.bmm(query, text.transpose(1, 2))
+            # In this order the gradient by `text` comes out in its own layout.
+            scores = torch.bmm(text, query.transpose(1, 2)).transpose(1, 2)
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
             sums.append(torch.bmm(weights, text))
             totals.append(weights.sum(-1, keepdim=True))  # 1, but for dropout

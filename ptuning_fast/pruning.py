@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .patching import is_untouched, replaced_forward
 from .pooled_attention import attend, is_understood
 from .trial import trial
 
@@ -61,10 +62,13 @@ def pooled_rows_only(model: nn.Module, columns: Tensor):
     def elsewhere():
         return threading.get_ident() != owner
 
+    chosen = [None, None]  # the last hidden state that was selected from, and its rows: attention and residual share it
+
     def select(rows):
-        if len(rows) == len(columns):
-            return rows.take_along_dim(columns[:, None, None], 1)
-        return rows[:, columns]
+        if chosen[0] is not rows:
+            one_a_row = len(rows) == len(columns)
+            chosen[:] = rows, rows.take_along_dim(columns[:, None, None], 1) if one_a_row else rows[:, columns]
+        return chosen[1]
 
     with lock, contextlib.ExitStack() as changes:
         rest = _LAST[type(model).__name__](model)
@@ -75,9 +79,8 @@ def pooled_rows_only(model: nn.Module, columns: Tensor):
                 return arguments if elsewhere() else tuple(select(rows) for rows in arguments)
 
         else:
-            whole, pooled = attention.forward, functools.partial(_pooled_attention, attention, select)
-            attention.forward = lambda *args, **kwargs: (whole if elsewhere() else pooled)(*args, **kwargs)
-            changes.callback(delattr, attention, "forward")
+            pooled = functools.partial(_pooled_attention, attention, select)
+            changes.enter_context(replaced_forward(attention, pooled))
 
             def part(module, arguments):
                 return arguments if elsewhere() else (arguments[0], select(arguments[1]))
@@ -91,8 +94,7 @@ def _self_attention(model):
     if model.device.type != "cpu" or type(model).__name__ not in _BERTS:
         return None
     attention = model.encoder.layer[-1].attention.self
-    replaced = attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention)
-    return attention if is_understood(attention) and not replaced else None
+    return attention if is_understood(attention) and is_untouched(attention) else None
 
 
 def _pooled_attention(attention, select, hidden, attention_mask=None, packed=None, cu_seq_lens_q=None, **kwargs):

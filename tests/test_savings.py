@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer
 
-from ptuning_fast import FastPTuning, functional, packing, pooled_attention, varlen
+from ptuning_fast import FastPTuning, functional, packing, pooled_attention, prompt_rows, varlen
 from ptuning_fast.additive_mask import takes_additive_mask
 from ptuning_fast.docstrings import stdlib_docstrings
 from ptuning_fast.pruning import prunable
@@ -239,6 +239,40 @@ def test_a_step_in_a_cuda_graph():
         runs.append(losses)
     assert len(set(runs[0])) == 4
     assert max(abs(one - other) for one, other in zip(*runs)) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+@pytest.mark.parametrize("name", ["BERT", "ELECTRA"])
+def test_rows_of_the_prompt_alone_are_differentiated(monkeypatch, mode, name):
+    """In the first layer, where nothing but the prompt is trained in front of it; else all rows are."""
+    if torch.cuda.is_available():
+        pytest.skip("for CPUs")
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    sizes = []
+    backward = prompt_rows._Projection.backward
+
+    def counted(ctx, grad):
+        sizes.append(len(ctx.saved_tensors[0]))
+        return backward(ctx, grad)
+
+    monkeypatch.setattr(prompt_rows._Projection, "backward", staticmethod(counted))
+    full, fast = build(name), build(name, mode=mode, prune=True)
+    assert_same(logits_and_gradients(fast, ids, mask), logits_and_gradients(full, ids, mask))
+    assert sizes == [len(ids) * zoo.M] * 3
+    assert all("forward" not in vars(module) for module in fast.bert.modules())
+    gradients = []
+    for module in (fast, full):
+        norm = module.bert.embeddings.LayerNorm
+        norm.weight.requires_grad_()
+        gradients += torch.autograd.grad(module(ids, mask).logsumexp(1).sum(), norm.weight)
+    assert_same(gradients[:1], gradients[1:])
+    fast.bert.embeddings.LayerNorm.weight.requires_grad_(False)
+    hook = fast.bert.encoder.layer[0].register_forward_pre_hook(lambda *args: None)
+    logits_and_gradients(fast, ids, mask)
+    hook.remove()
+    assert len(sizes) == 3
+    logits_and_gradients(fast, ids, mask)
+    assert len(sizes) == 6
 
 
 def test_what_is_not_recognised_runs_in_full():
