@@ -44,10 +44,10 @@ class FastPTuning(nn.Module):
         init: what the prompt starts as: `"normal"`, `"vocab"` (sampled token rows), a text, or a tensor [m, d].
         mode: `"prepend"`, the layout of the torch.cat module; `"packed"` leaves the padding out: the sequences go
             through the encoder one behind the other, each with attention to itself.
-        prune: whether behind the last layer's attention only the pooled row is computed (and on a CPU, in the first layer
-            of a BERT, the gradient of the prompt's rows alone). Done where the architecture is recognised and the
-            pooling is not `"mean"`; by default in mode `"packed"`, as in mode `"prepend"` the logits
-            are else the reference's bit by bit.
+        prune: whether behind the last layer's attention only the pooled row is computed (and on a CPU, in the first
+            layer of a BERT, the gradient of the prompt's rows alone). Done where the architecture is recognised and the
+            pooling is not `"mean"`; by default in mode `"packed"`, as in mode `"prepend"` the logits are else the
+            reference's bit by bit.
         additive_mask: in mode `"prepend"`, whether the encoder is given its padding mask as its attention adds it, and
             so neither asks anything of it nor builds another: a step then never waits for the GPU, and can be captured
             in a CUDA graph. Done where the architecture is recognised. (Where there is no padding, leave
