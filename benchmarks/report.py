@@ -81,7 +81,10 @@ def _ratios(cases, figure):
 
 def _steps(cases):
     plain = next((info for info in cases if info["implementation"] == "torch.cat"), None)
-    rows = [["implementation", "examples/s", "times as fast as torch.cat", "in all", "peak memory, MiB", "first step"]]
+    in_all = plain and plain.get("times_fast_in_all")  # batches are not of one size; older results do not have it
+    rows = [["implementation", "examples/s", "times as fast as torch.cat", "peak memory, MiB", "first step"]]
+    if in_all:
+        rows[0].insert(3, "in all")
     for info in cases:
         # Both were measured in pairs with the same third.
         ratio = [plain["times_fast"][1] / time for time in reversed(info["times_fast"])] if plain else None
@@ -90,18 +93,13 @@ def _steps(cases):
                 info["implementation"],
                 f"{info['examples_per_s']:.1f}",
                 "1" if info is plain else _spread(ratio) if ratio else "",
-                _in_all(info, plain),
                 f"{info['peak_mib']:.0f}",
                 info["match"],
             ]
         )
+        if in_all:
+            rows[-1].insert(3, "1" if info is plain else f"{in_all / info['times_fast_in_all']:.2f}")
     return rows
-
-
-def _in_all(info, plain):
-    """The same over all rounds together, as batches are not of one size; not in results from before it was noted."""
-    times = [None if one is None else one.get("times_fast_in_all") for one in (plain, info)]
-    return "" if None in times or info is plain else f"{times[0] / times[1]:.2f}"
 
 
 def details(infos):
