@@ -30,7 +30,7 @@ echo "== tests on cuda"
 timeout 240 pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_prepend_prompt.py tests/test_classifier.py \
     tests/test_checks.py tests/test_varlen.py > "$out/tests.txt" 2>&1
 tests=$?
-timeout 90 pytest -q -p no:cacheprovider -m gpu tests/test_packed.py tests/test_savings.py >> "$out/tests.txt" 2>&1 || tests=$?
+timeout 90 pytest -q -p no:cacheprovider -m gpu tests/test_packed.py tests/test_additive_mask.py >> "$out/tests.txt" 2>&1 || tests=$?
 tail -n 30 "$out/tests.txt"
 
 echo "== benchmarks"

@@ -38,6 +38,33 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture
+def torch_path(monkeypatch):
+    """Where the op is not what is tested: without a GPU its kernels would be interpreted, at length."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(functional, "kernels", None)
+
+
+@pytest.fixture
+def no_dropout(monkeypatch):
+    """In train mode, so that what training does is what is compared; without its random numbers."""
+    import zoo
+
+    build_with_dropout = zoo.build
+
+    def without(name, class_name=None, **settings):
+        model = build_with_dropout(name, class_name, **settings)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for key in ("attention_dropout", "dropout", "dropout_prob", "activation_dropout"):
+                if isinstance(getattr(module, key, None), float):
+                    setattr(module, key, 0.0)
+        return model
+
+    monkeypatch.setattr(zoo, "build", without)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fresh memory holds NaN and the largest integers, so that an element that nobody writes shows."""
     before = torch.are_deterministic_algorithms_enabled()

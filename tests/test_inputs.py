@@ -7,16 +7,12 @@ import torch
 import transformers as hf
 import zoo
 
-from ptuning_fast import SoftPrompt, functional
+from ptuning_fast import SoftPrompt
 
 SMALL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
 
 
-@pytest.fixture(autouse=True)
-def torch_path(monkeypatch):
-    """The op itself is tested elsewhere; without a GPU its kernels would be interpreted, at length."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(functional, "kernels", None)
+pytestmark = pytest.mark.usefixtures("torch_path")
 
 
 def build(config, kind, **settings):

@@ -7,19 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 import zoo
+from savings import PACKABLE
 from transformers import AutoTokenizer, DataCollatorWithFlattening
 
-from ptuning_fast import FastPTuning, SoftPrompt, functional, packing, reference
+from ptuning_fast import FastPTuning, SoftPrompt, packing, reference
 
-PACKABLE = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "ALBERT", "ModernBERT", "GPT-2", "OPT", "Llama"]
-PACKABLE += ["Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3"]
-
-
-@pytest.fixture(autouse=True)
-def torch_path(monkeypatch):
-    """The op itself is tested elsewhere; without a GPU its kernels would be interpreted, at length."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(functional, "kernels", None)
+pytestmark = pytest.mark.usefixtures("torch_path")
 
 
 def texts_of(out, inputs):
