@@ -228,7 +228,7 @@ class FastPTuning(nn.Module):
                 inputs["packed"] = savings.enter_context(packed_attention(self.bert))
             if self.prune:
                 savings.enter_context(pooled_rows_only(self.bert, self._columns(inputs, input_ids, attention_mask)))
-                savings.enter_context(prompt_rows_only(self.bert, self._prompt_rows(inputs)))
+                savings.enter_context(prompt_rows_only(self.bert, lambda: self._prompt_rows(inputs)))
             savings.enter_context(self._precision(input_ids.device))
             return self.bert(**inputs).last_hidden_state
 

@@ -6,6 +6,7 @@ are made from is 3 d^2; in the first layer the tokens' rows need none of them.
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,19 @@ _BERTS = {"BertModel", "CamembertModel", "ElectraModel", "RobertaModel", "XLMRob
 
 
 @contextlib.contextmanager
-def prompt_rows_only(model: nn.Module, rows: Tensor):
-    """Inside, the gradient by the embeddings of a frozen encoder that is recognised is right at `rows` alone.
+def prompt_rows_only(model: nn.Module, rows: Callable[[], Tensor]):
+    """Inside, the gradient by the embeddings of a frozen encoder that is recognised is right at `rows()` alone.
 
     On a CPU; what it saves on a GPU may be less than a launch.
 
     Args:
-        rows: numbers of the prompt's rows among those of the batch, [B, S, d] or packed [1, T, d], flattened.
+        rows: gives the numbers of the prompt's rows among those of the batch, [B, S, d] or packed [1, T, d], flattened.
     """
     attention = _first_attention(model)
     if attention is None:
         yield
         return
-    with replaced_forward(attention, functools.partial(_forward, attention, attention.forward, rows)):
+    with replaced_forward(attention, functools.partial(_forward, attention, attention.forward, rows())):
         yield
 
 
