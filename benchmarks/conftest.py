@@ -28,7 +28,7 @@ def collected(request):
     """Keep the figures of each case that was timed for the table at the end."""
     yield
     benchmark = request.node.funcargs.get("benchmark")
-    if benchmark is not None and "times_fast" in benchmark.extra_info:
+    if benchmark is not None and not benchmark.disabled and benchmark.extra_info:
         request.config.stash[MEASURED].append(benchmark.extra_info)
 
 

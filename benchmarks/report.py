@@ -54,7 +54,23 @@ def tables(infos):
     steps = [info for info in infos if info["benchmark"] == "training step"]
     for encoder in dict.fromkeys(info["shape"] for info in steps):
         out.append((f"Training step, {encoder}", _steps([info for info in steps if info["shape"] == encoder])))
+    for info in infos:
+        if info["benchmark"] == "host cost":
+            where = "on a GPU" if info["device"] == "GPU" else "a stub of a GPU, torch.cat on the CPU"
+            out.append(
+                (f"Host time of an eager call of 16 tokens and 10 prompt rows, d = 768, B = 1; {where}", _host(info))
+            )
     return out
+
+
+def _host(info):
+    rows = [["", "launches", f"{OURS}, us", "of torch.cat's", "of its dispatch alone (d = 8)"]]
+    for case in info["cases"]:
+        figures = _spread(case["us"], 1), _spread(case["of_torch_cat"]), _spread(case["of_dispatch"])
+        rows.append([case["case"], str(case["launches"]), *figures])
+    parts = ", ".join(f"{name} {time:.1f}" for name, time in info["cases"][0]["parts"].items())
+    rows.append([f"of which, us: {parts}", *[""] * 4])
+    return rows
 
 
 def _ratios(cases, figure):

@@ -227,18 +227,20 @@ class FastPTuning(nn.Module):
             if self.mode == "packed":
                 inputs["packed"] = savings.enter_context(packed_attention(self.bert))
             if self.prune:
-                savings.enter_context(pooled_rows_only(self.bert, self._columns(inputs, input_ids, attention_mask)))
+                columns = self._columns(inputs, input_ids, attention_mask)
+                if isinstance(columns, int):
+                    columns = torch.full((len(input_ids),), columns, device=input_ids.device)
+                savings.enter_context(pooled_rows_only(self.bert, columns))
                 savings.enter_context(prompt_rows_only(self.bert, lambda: self._prompt_rows(inputs)))
             savings.enter_context(self._precision(input_ids.device))
             return self.bert(**inputs).last_hidden_state
 
     def _columns(self, inputs, input_ids, attention_mask):
-        """[B]: where the pooled row of each text stands in the hidden state; not for `"mean"`."""
-        (B, n), m = input_ids.shape, self.prompt_length
+        """[B], or one for all: where the pooled row of each text stands in the hidden state; not for `"mean"`."""
+        n, m = input_ids.shape[1], self.prompt_length
         if self.mode == "packed":
             return pooled_rows(self.pooling, m, inputs["cu_seq_lens_q"].long())
-        place = {"adjacent": not self._as_reference, "B": B, "device": input_ids.device}
-        return pooled_columns(self.pooling, m, n, attention_mask, **place)
+        return pooled_columns(self.pooling, m, n, attention_mask, adjacent=not self._as_reference)
 
     def _prompt_rows(self, inputs):
         """[B * m]: numbers of the prompt's rows in the flattened batch, where the prompt is in front of every row."""
@@ -258,6 +260,8 @@ class FastPTuning(nn.Module):
         columns = self._columns(inputs, input_ids, attention_mask)
         if self.mode == "packed":
             return hidden[0, columns]
+        if isinstance(columns, int):
+            return hidden[:, columns]
         return hidden.take_along_dim(columns[:, None, None], 1)[:, 0]
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:

@@ -48,18 +48,27 @@ def prepend(
 
 def unreadable(embedding: nn.Module) -> str | None:
     """Why `embedding.weight[ids] * scale` might not be what `embedding(ids)` returns, or None where it is."""
-    kind, hooks = type(embedding), [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
-    # What gradient checkpointing adds makes the rows require grad, and those with a prompt in front do.
-    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
+    kind, hooks = type(embedding), ()
+    if embedding._forward_hooks or embedding._forward_pre_hooks:
+        hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
+        # What gradient checkpointing adds makes the rows require grad, and those with a prompt in front do.
+        hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
     if isinstance(embedding, FSDPModule):  # it puts a class of its own before the module's, and its own hooks around
         kind = kind.__mro__[2]
         hooks = [hook for hook in hooks if type(getattr(hook, "__self__", None)).__name__ != "FSDPState"]
-    scaled = kind.__name__.endswith(_SCALED) and kind.__module__.startswith("transformers.")
-    if kind is not nn.Embedding and not (issubclass(kind, nn.Embedding) and scaled):
-        return "it is not a plain nn.Embedding"
+    if kind is not nn.Embedding:
+        scaled = kind.__name__.endswith(_SCALED) and kind.__module__.startswith("transformers.")
+        if not (issubclass(kind, nn.Embedding) and scaled):
+            return "it is not a plain nn.Embedding"
     if hooks or "forward" in vars(embedding) or nn.Embedding.forward.__module__ != nn.Embedding.__module__:
         return "it has hooks, or a forward of its own"
-    if any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS):
+    everywhere = nn.modules.module
+    if (
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    ):
         return "there are hooks on every module"
     if embedding._backward_hooks or embedding._backward_pre_hooks:
         return "it has backward hooks"
@@ -79,8 +88,6 @@ def _is_sharded(weight):
     return DTensor is not None and isinstance(weight, DTensor)
 
 
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-_GLOBAL_HOOKS += ("_global_backward_pre_hooks",)
 # transformers' embeddings that multiply by `embed_scale` and do nothing else (Bart, Gemma 3, ... ).
 _SCALED = "ScaledWordEmbedding"
 

@@ -105,13 +105,13 @@ def prepend_prompt(
         )
     if lengths is not None:
         lengths = _check_lengths(lengths, input_ids, attention_mask, packed)
-    backend, device = torch_path, input_ids.device.type
-    if kernels is not None and device in kernels.device_types and weight.dtype in kernels.dtypes:
+    backend = torch_path
+    if kernels is not None and weight.dtype in kernels.dtypes and kernels.runs_on(input_ids):
         backend = kernels
-        if device == "cpu":
+        if input_ids.is_cpu:
             _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
-    elif device != "cpu":
-        _warn_torch_path(device, weight.dtype)
+    elif not input_ids.is_cpu:
+        _warn_torch_path(input_ids.device.type, weight.dtype)
 
     try:
         results = backend.forward(
@@ -130,7 +130,7 @@ def prepend_prompt(
             additive_mask,
         )
     except (IndexError, RuntimeError):
-        if device == "cpu":
+        if input_ids.is_cpu:
             _raise_for_ids(input_ids, attention_mask if packed else None, weight, prompt, prompt_index)
         raise
     inputs_embeds, out_mask, out_types, out_labels, position_ids, cu_seq_lens, prompt_start, max_length = results
@@ -175,13 +175,16 @@ class _PromptGradient(torch.autograd.Function):
 
 
 def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, position_start, prompt_index):
-    _check_tensor("input_ids", input_ids)
+    # What goes into a message is looked up when there is one: this runs at every call.
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a torch.Tensor, not {type(input_ids).__name__}")
     shape, dtype, device = input_ids.shape, input_ids.dtype, input_ids.device
     if len(shape) != 2:
         raise ValueError(f"input_ids must be [batch, tokens]; its shape is {tuple(shape)}")
     if dtype is not torch.int64 and dtype is not torch.int32:
         raise TypeError(f"input_ids must be int32 or int64, not {dtype}")
-    _check_tensor("weight", weight, device)
+    if not isinstance(weight, Tensor) or weight.device != device:
+        raise _no_tensor_here("weight", weight, device)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a float table [V, d]; it is {weight.dtype} {tuple(weight.shape)}")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -189,7 +192,8 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
             "weight requires grad, but gradient flows into the prompt alone and the table would silently stay as it is:"
             " freeze it first, with weight.requires_grad_(False) or model.requires_grad_(False)"
         )
-    _check_tensor("prompt", prompt, device)
+    if not isinstance(prompt, Tensor) or prompt.device != device:
+        raise _no_tensor_here("prompt", prompt, device)
     if not prompt.is_floating_point():
         raise TypeError(f"prompt must be a float tensor, not {prompt.dtype}")
     if prompt.dim() != (2 if prompt_index is None else 3) or prompt.shape[-1] != weight.shape[1]:
@@ -198,7 +202,7 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
             f"prompt must be {kind} with d = {weight.shape[1]}, the width of weight; it is {tuple(prompt.shape)}"
         )
     if attention_mask is not None:
-        _check_tensor("attention_mask", attention_mask, device, shape)
+        _check_rows("attention_mask", attention_mask, device, shape)
         if attention_mask.dtype not in _MASKS:
             raise TypeError(f"attention_mask must be bool, int or float, not {attention_mask.dtype}")
     if token_type_ids is not None:
@@ -207,22 +211,31 @@ def _check(input_ids, attention_mask, weight, prompt, token_type_ids, labels, po
         _check_integers("labels", labels, device, shape)
     if prompt_index is not None:
         _check_integers("prompt_index", prompt_index, device, shape[:1])
-    if position_start is not None and type(position_start) is not int:
-        raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
+    if position_start is not None:
+        if type(position_start) is not int:
+            raise TypeError(f"position_start must be an int, not {type(position_start).__name__}")
+        if not -(2**31) <= position_start < 2**31:
+            raise ValueError(f"position_start must fit into 32 bits; it is {position_start}")
 
 
-def _check_tensor(name, tensor, device=None, shape=None):
+def _no_tensor_here(name, tensor, device):
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-    if shape is not None and tensor.shape != shape:
+        return TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    return ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
+
+
+def _check_rows(name, tensor, device, shape):
+    if not isinstance(tensor, Tensor):
+        raise _no_tensor_here(name, tensor, device)
+    if tensor.shape != shape:
         of = "as input_ids" if len(shape) == 2 else "one per row"
         raise ValueError(f"{name} must be {tuple(shape)}, {of}; it is {tuple(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
+    if tensor.device != device:
+        raise _no_tensor_here(name, tensor, device)
 
 
 def _check_integers(name, tensor, device, shape):
-    _check_tensor(name, tensor, device, shape)
+    _check_rows(name, tensor, device, shape)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
 
@@ -246,11 +259,17 @@ def _check_lengths(lengths, input_ids, attention_mask, packed):
         if not 0 <= length <= n:
             raise ValueError(f"lengths[{row}] is {length}, but a row has from 0 to {n} tokens")
     if input_ids.device.type == "cpu":
-        actual = [n] * B if attention_mask is None else (attention_mask != 0).sum(1).tolist()
-        for row, (length, real) in enumerate(zip(lengths, actual)):
-            if length != real:
-                raise ValueError(f"lengths[{row}] is {length}, but the mask of that row has {real} tokens")
+        _compare_lengths(lengths, input_ids, attention_mask)
     return lengths
+
+
+def _compare_lengths(lengths, input_ids, attention_mask):
+    """On a CPU: ValueError where they are not the mask's."""
+    B, n = input_ids.shape
+    actual = [n] * B if attention_mask is None else (attention_mask != 0).sum(1).tolist()
+    for row, (length, real) in enumerate(zip(lengths, actual)):
+        if length != real:
+            raise ValueError(f"lengths[{row}] is {length}, but the mask of that row has {real} tokens")
 
 
 def _raise_for_ids(input_ids, attention_mask, weight, prompt, prompt_index):

@@ -16,17 +16,17 @@ __all__ = ["POOLINGS", "mean_of_tokens", "pooled_columns", "pooled_rows"]
 POOLINGS = ("first", "cls", "mean", "last")
 
 
-def pooled_columns(
-    pooling: str, m: int, n: int, mask: Tensor | None, *, adjacent: bool, B: int, device: torch.device
-) -> Tensor:
+def pooled_columns(pooling: str, m: int, n: int, mask: Tensor | None, *, adjacent: bool) -> Tensor | int:
     """[B], the column of the first prompt row, the text's first token ("cls") or its last, behind n token columns.
+
+    A number where it is the same for every row whatever the mask says.
 
     Args:
         mask: [B, n] or None.
         adjacent: whether the prompt of a row that is padded on the left stands behind that padding.
     """
     if mask is None or n == 0 or (pooling == "first" and not adjacent):
-        return torch.full((B,), {"first": 0, "cls": min(m, m + n - 1), "last": m + n - 1}[pooling], device=device)
+        return {"first": 0, "cls": min(m, m + n - 1), "last": m + n - 1}[pooling]
     there = mask != 0
     if pooling == "first":
         return there.cumsum(1).eq(0).sum(1)  # behind the padding on the left

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
+import unittest.mock
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -23,10 +24,9 @@ import torch
 import triton
 from ptuning_fast.kernels import backward as launch_backward
 from ptuning_fast.kernels import forward as launch_forward
+from ptuning_fast.kernels.runtime import Launcher
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from ptuning_fast import kernels  # noqa: F401
 
 TARGETS = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)] + [GPUTarget("hip", "gfx942", 64)]
 TYPES = {
@@ -43,25 +43,13 @@ TYPES = {
 REPORTED = {}  # what `report` found out, by what it compiled: variants have launches in common
 
 
-class Recorder:
-    """Stands where a kernel is and keeps the arguments of its launches."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def source_of(kernel, args, kwargs):
+def source_of(kernel, arguments):
     """What Triton's own launcher would compile for these arguments: types, constants, divisibility."""
-    signature, constants, attributes, options = {}, {}, {}, {}
-    for name, value in kwargs.items():
-        (constants if name in kernel.arg_names else options)[name] = value
-    for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
-        parameter = kernel.params[index]
-        if value is None:
-            constants[name] = None
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, arguments)):
+        name = parameter.name
+        if value is None or parameter.is_constexpr:
+            constants[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -74,21 +62,18 @@ def source_of(kernel, args, kwargs):
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    return ASTSource(kernel, signature, constants, attributes), options
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, mask_dtype, extras, additive=None):
-    """The launches of one forward and one backward, recorded."""
+    """(kernel, arguments, options) of the launches of one forward and one backward, recorded instead of made."""
     n, m, V, K = 24, 16, 64, 3
-    modules = [__import__("ptuning_fast.kernels." + name, fromlist=["x"]) for name in ("forward", "backward")]
-    names = ["scan_mask_kernel", "prepend_prompt_kernel", "prompt_grad_kernel"]
-    recorders = []
-    for module, name in itertools.product(modules, names):
-        if hasattr(module, name):
-            recorders.append((module, name, Recorder(getattr(module, name))))
-    try:
-        for module, name, recorder in recorders:
-            setattr(module, name, recorder)
+    recorded = []
+
+    def record(launcher, device, programs, *arguments):
+        recorded.append((launcher.kernel, list(itertools.chain(*arguments)), launcher.options))
+
+    with unittest.mock.patch.object(Launcher, "__call__", record):
         ids = torch.zeros(B, n, dtype=ids_dtype)
         index = torch.zeros(B, dtype=ids_dtype) if bank else None
         mask = None if mask_dtype is None else torch.ones(B, n, dtype=mask_dtype)
@@ -100,10 +85,7 @@ def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, m
             *(index, scale, layout == "adjacent", layout == "packed", lengths, additive),
         )
         launch_backward(results[0], prompt.shape, prompt_dtype, results[6], index, layout == "packed")
-    finally:
-        for module, name, recorder in recorders:
-            setattr(module, name, recorder.kernel)
-    return [launch for _, _, recorder in recorders for launch in recorder.launches]
+    return recorded
 
 
 def variants():
@@ -129,19 +111,19 @@ def variants():
     yield 65, 100, f32, f32, "plain", False, 1.0, i64, i64, True
 
 
-def report(kernel, args, kwargs, target, dump=None):
+def report(kernel, arguments, options, target, dump=None):
     """Compile one launch for one target and describe the result."""
-    source, options = source_of(kernel, args, kwargs)
+    source = source_of(kernel, arguments)
     key = source.hash(), json.dumps(options, sort_keys=True), target
     if key in REPORTED:
         return REPORTED[key]
     compiled = triton.compile(source, target=target, options=options)
-    types = dict(zip(kernel.arg_names, args)) | kwargs
+    arguments = dict(zip(kernel.arg_names, arguments))
     row = {
         "kernel": kernel.__name__,
         "target": f"{target.backend}:{target.arch}",
-        "tensors": {name: TYPES[value.dtype] for name, value in types.items() if isinstance(value, torch.Tensor)},
-        "constants": {name: value for name, value in kwargs.items() if name.isupper()},
+        "tensors": {name: TYPES[value.dtype] for name, value in arguments.items() if isinstance(value, torch.Tensor)},
+        "constants": {name: value for name, value in arguments.items() if name.isupper()},
         "threads": compiled.metadata.num_warps * target.warp_size,
         "shared": compiled.metadata.shared,
     }

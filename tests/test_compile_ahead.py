@@ -52,7 +52,7 @@ def test_every_launch_compiles_for_every_target(rows):
     for found in targets.values():
         assert sorted(found) == sorted(TARGETS)
     kernels = [kernel for _, _, kernel in targets]
-    assert set(kernels) == {"scan_mask_kernel", "prepend_prompt_kernel", "prompt_grad_kernel"}
+    assert set(kernels) == {*("scan_mask_kernel", "add_lengths_kernel", "prepend_prompt_kernel", "prompt_grad_kernel")}
     variants = {variant for variant, _, _ in targets}
     assert len(variants) == kernels.count("prepend_prompt_kernel")
     assert kernels.count("prompt_grad_kernel") > len(variants), "no variant splits the sum over the batch"
@@ -74,7 +74,7 @@ def test_every_kind_of_variant_is_compiled(rows):
 def test_no_spills(rows):
     """Not one register, with the Triton that the kernels are tuned with; its successors have other compilers.
 
-    (That of Triton 3.8 spills one of 8 bytes in two of the 200 kernels, for compute capability 10.0.)
+    (That of Triton 3.6 spills one of 8 bytes in one of the 195 kernels, for compute capability 12.0.)
     """
     import triton
 
@@ -94,18 +94,12 @@ def test_forward_moves_16_bytes_at_a_time(rows):
 
 
 def test_backward_moves_16_bytes_at_a_time(rows):
-    """All of the upstream gradient, and the result where a thread has 16 bytes of it.
-
-    On CUDA that is every fp32 result. A wavefront of gfx942 is 64 lanes wide, so a lane there has half as much: 8 bytes
-    of an fp32 result at most widths. A bf16 or fp16 result is half as large again.
-    """
+    """All of the upstream gradient, and the result where a thread has 16 bytes of it, as in wide tiles alone."""
     for row in of(rows, "prompt_grad_kernel"):
         if row["d"] % 16 == 0:
             loads = accesses(row, "grad")
             stores = accesses(row | {"constants": row["constants"] | {"ROWS": 1}}, "out")
             assert loads > 0
-            if row["target"].startswith("cuda") and row["tensors"]["out"] == "fp32":
-                assert stores > 0
             assert (row["wide_loads"], row["wide_stores"]) == (loads, stores), name(row)
 
 
@@ -113,5 +107,5 @@ def test_ids_are_checked_on_the_device(rows):
     """One assert for the ids, one more for the prompt_index of a bank."""
     for row in of(rows, "prepend_prompt_kernel"):
         assert row["asserts"] >= 1 + ("prompt_index" in row["tensors"]), name(row)
-    for kernel in ("scan_mask_kernel", "prompt_grad_kernel"):
+    for kernel in ("scan_mask_kernel", "add_lengths_kernel", "prompt_grad_kernel"):
         assert all(row["asserts"] == 0 for row in of(rows, kernel))

@@ -177,7 +177,8 @@ def profiler():
 
 
 @pytest.mark.parametrize(
-    ("layout", "before"), [("plain", []), ("adjacent", ["scan_mask"]), ("packed, known lengths", ["scan_mask"])]
+    ("layout", "before"),
+    [("plain", []), ("adjacent", ["scan_mask"]), ("packed, known lengths", ["scan_mask", "add_lengths"])],
 )
 def test_launches(profiler, layout, before):
     """The GPU does nothing but the launches that are counted: no copy, no fill, no second kernel."""

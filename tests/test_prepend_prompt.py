@@ -1,5 +1,7 @@
 """The op against the reference and against an element-by-element oracle: copies are compared with ==."""
 
+import sys
+
 import oracle
 import pytest
 import torch
@@ -315,33 +317,15 @@ def test_gradient_memory(monkeypatch):
     assert sizes == [3 * 16, 3 * 3 * 16]
 
 
-def test_one_launch(monkeypatch):
-    """One launch for everything, one more where the mask must be read first; backward one, or two when split."""
+def test_launches(monkeypatch):
+    """One for everything; before it one over the mask where that must be read first, and for packed rows one that adds
+    the lengths up. Backward one, two when split, none where there is one row and nothing to add up."""
     kernels = pytest.importorskip("ptuning_fast.kernels")
-    from ptuning_fast.kernels import backward as _  # noqa: F401
-
-    count = []
-    import sys
-
-    for module, name in (
-        ("forward", "scan_mask_kernel"),
-        ("forward", "prepend_prompt_kernel"),
-        ("backward", "prompt_grad_kernel"),
-    ):
-        module = sys.modules[f"ptuning_fast.kernels.{module}"]
-        kernel = getattr(module, name)
-
-        class Counted:
-            def __init__(self, kernel):
-                self.kernel = kernel
-
-            def __getitem__(self, grid):
-                count.append(self.kernel)
-                return self.kernel[grid]
-
-        monkeypatch.setattr(module, name, Counted(kernel))
+    launcher = sys.modules["ptuning_fast.kernels.runtime"].Launcher
+    count, launch = [], launcher.__call__
+    monkeypatch.setattr(launcher, "__call__", lambda self, *args: count.append(self.kernel) or launch(self, *args))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert device.type in kernels.device_types
+    assert kernels.runs_on(torch.empty(1, device=device))
 
     def launches(batch=4, **options):
         arguments = to_device(case(B=batch, n=4, m=2, d=16), device)
@@ -357,7 +341,10 @@ def test_one_launch(monkeypatch):
     assert launches() == (1, 1)
     assert launches(batch=40) == (1, 2)
     assert launches(adjacent=True) == (2, 1)
-    assert launches(packed=True) == (2, 1)
+    assert launches(packed=True) == (3, 1)
+    assert launches(batch=1) == (1, 0)
+    assert launches(batch=1, adjacent=True) == (2, 1)
+    assert launches(batch=1, packed=True) == (3, 0)
 
 
 @pytest.mark.parametrize("layout", [{}, {"adjacent": True}, {"packed": True}], ids=["plain", "adjacent", "packed"])
