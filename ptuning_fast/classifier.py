@@ -2,12 +2,11 @@
 
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import adapter, classifier_files, embedding
 from .additive_mask import takes_additive_mask
@@ -19,6 +18,9 @@ from .precision import DTYPES, store_linears
 from .prompt_rows import prompt_rows_only
 from .pruning import pooled_rows_only, prunable
 from .serving import Serving, is_causal
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
 __all__ = ["FastPTuning"]
 
@@ -76,6 +78,8 @@ class FastPTuning(nn.Module):
         id2label: dict[int, str] | None = None,
         max_length: int | None = None,
     ):
+        from transformers import AutoModel, PreTrainedModel  # heavy: with the first module, not with the package
+
         super().__init__()
         if prompt_length < 0 or num_labels < 1:
             raise ValueError(
@@ -148,7 +152,7 @@ class FastPTuning(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> Tensor | SequenceClassifierOutput:
+    ) -> "Tensor | SequenceClassifierOutput":
         """Classify a batch of tokenised texts.
 
         Args:
@@ -183,6 +187,8 @@ class FastPTuning(nn.Module):
         logits = self.classifier(pooled.to(self.classifier.weight.dtype))
         if labels is None:
             return logits
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
         return SequenceClassifierOutput(loss=_loss(logits, labels), logits=logits)
 
     def _prepend(self, input_ids, attention_mask, token_type_ids):
@@ -205,8 +211,10 @@ class FastPTuning(nn.Module):
     def _encode(self, inputs, input_ids, attention_mask):
         """The last hidden state: all rows, [B, S, d] or packed [1, T, d], or with `prune` the pooled ones."""
         if self.mode == "packed" or self.prune:
+            from .untraced import untraced  # hooks and a change of attention for one call are nothing to trace through
+
             refuse_checkpointing(self.bert)
-            return self._encode_with_savings(inputs, input_ids, attention_mask)
+            return untraced(self._encode_with_savings, inputs, input_ids, attention_mask)
         with self._precision(input_ids.device):
             return self.bert(**inputs).last_hidden_state
 
@@ -221,7 +229,6 @@ class FastPTuning(nn.Module):
             return torch.get_autocast_dtype(device.type)
         return self.bert.get_input_embeddings().weight.dtype
 
-    @torch.compiler.disable  # hooks and a change of attention for one call are nothing to trace through
     def _encode_with_savings(self, inputs, input_ids, attention_mask):
         with ExitStack() as savings:
             if self.mode == "packed":

@@ -1,15 +1,10 @@
 """The op over a model's own input embedding: read directly where that is exact, called as it is everywhere else."""
 
+import sys
 import warnings
 
 import torch
 from torch import Tensor, nn
-
-try:
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-except ImportError:  # a torch without distributed processes
-    FSDPModule, DTensor = (), None
 
 from . import reference
 from .functional import prepend_prompt
@@ -53,7 +48,8 @@ def unreadable(embedding: nn.Module) -> str | None:
         hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
         # What gradient checkpointing adds makes the rows require grad, and those with a prompt in front do.
         hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
-    if isinstance(embedding, FSDPModule):  # it puts a class of its own before the module's, and its own hooks around
+    # FSDP2 puts a class of its own before the module's, and its own hooks around.
+    if _is_a(embedding, "torch.distributed.fsdp", "FSDPModule"):
         kind = kind.__mro__[2]
         hooks = [hook for hook in hooks if type(getattr(hook, "__self__", None)).__name__ != "FSDPState"]
     if kind is not nn.Embedding:
@@ -85,7 +81,13 @@ def unreadable(embedding: nn.Module) -> str | None:
 
 
 def _is_sharded(weight):
-    return DTensor is not None and isinstance(weight, DTensor)
+    return _is_a(weight, "torch.distributed.tensor", "DTensor")
+
+
+def _is_a(one, module, kind):
+    """Whether it is of a class of a module that, if it is, somebody has imported; importing it takes half a second."""
+    module = sys.modules.get(module)
+    return module is not None and isinstance(one, getattr(module, kind))
 
 
 # transformers' embeddings that multiply by `embed_scale` and do nothing else (Bart, Gemma 3, ... ).

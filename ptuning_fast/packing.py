@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
 from .varlen import Sequences, varlen_attention
 
@@ -71,6 +70,7 @@ def packed_attention(model: nn.Module):
     Raises:
         RuntimeError: at the end, where not every layer came here: sequences would have seen each other.
     """
+    _register()
     packed, whole = _Packed(model), False
     try:
         yield packed
@@ -81,6 +81,7 @@ def packed_attention(model: nn.Module):
 
 def serve_packed(model: nn.Module) -> None:
     """From now on, every call of `model` that is given `cu_seq_lens_q` computes packed attention; others as before."""
+    _register()
     if _begin not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_begin, with_kwargs=True)
         model.register_forward_hook(_end, with_kwargs=True, always_call=True)
@@ -181,4 +182,7 @@ def attention(
     return out[None], None
 
 
-AttentionInterface.register(NAME, attention)
+def _register():
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention)

@@ -6,7 +6,6 @@ Nothing here is optimised, and nothing is checked.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
 
 
 def prepend_prompt(
@@ -98,6 +97,8 @@ class ReferencePTuning(nn.Module):
     """
 
     def __init__(self, model_name="bert-base-uncased", prompt_length=10, num_labels=2):
+        from transformers import AutoModel
+
         super().__init__()
         self.bert = AutoModel.from_pretrained(model_name) if isinstance(model_name, str) else model_name
         for parameter in self.bert.parameters():

@@ -31,6 +31,7 @@ RANKS = {
     "initial": 1,
     "additive_mask": 1,
     "pooling": 0,
+    "untraced": 0,
     "precision": 0,
     "patching": 0,
     "pooled_attention": 1,
@@ -103,11 +104,27 @@ def test_imports_run_one_way():
 
 
 def test_the_command_line_is_not_imported_by_the_package():
-    """`import ptuning_fast` loads what its public names need."""
-    loaded = run("import sys, ptuning_fast; print(*sorted(sys.modules))").split()
+    """The public names load what they need."""
+    loaded = run("import sys; from ptuning_fast import *; print(*sorted(sys.modules))").split()
     unwanted = {f"ptuning_fast.{name}" for name in ("__main__", "train", "predict", "encoder", "docstrings", "tables")}
     assert "ptuning_fast.functional" in loaded
     assert not unwanted & set(loaded)
+
+
+def test_what_is_imported_when():
+    """Heavy packages come with the name that needs them; a time would decide nothing, what is loaded does."""
+    heavy = ("torch._dynamo", "transformers.modeling_utils", "torch.distributed.fsdp", "torch.distributed.tensor")
+
+    def loaded(statement):
+        found = set(run(f"import sys; {statement}; print(*sys.modules)").split())
+        return [name for name in ("torch", "transformers", *heavy) if name in found]
+
+    assert loaded("import ptuning_fast") == []
+    assert loaded("from ptuning_fast import prepend_prompt, reference") == ["torch"]
+    assert "transformers.modeling_utils" not in loaded("from ptuning_fast import FastPTuning, SoftPrompt, accelerate")
+    assert loaded("from ptuning_fast import FastPTuning") == ["torch"]
+    help_alone = "from ptuning_fast.__main__ import parser; parser().format_help()"
+    assert loaded(help_alone) == []
 
 
 def test_there_is_no_package_named_kernels():
