@@ -27,7 +27,7 @@ def pytest_configure(config):
 def collected(request):
     """Keep the figures of each case that was timed for the table at the end."""
     yield
-    benchmark = request.node.funcargs.get("benchmark")
+    benchmark = (request.node.funcargs or {}).get("benchmark")  # none of them where a case is interrupted
     if benchmark is not None and not benchmark.disabled and benchmark.extra_info:
         request.config.stash[MEASURED].append(benchmark.extra_info)
 

@@ -13,11 +13,13 @@ import time
 from collections import deque
 
 import torch
+from gpu_time import gpu_times
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LARGE = 2**24  # bytes; buffers of this size and more are fresh memory
-WARM_UP = 4  # rounds before the rounds that count
-CALLS = 50  # calls in a row between two synchronisations, for the wall time of a call on a GPU
+WARM_UP = 8 if DEVICE.type == "cuda" else 4  # rounds before the rounds that count: on a GPU, one of every batch
+CALLS, A_ROW = 50, 0.1  # on a GPU: calls, and seconds, in a row between two synchronisations, at most
+GPU_ROUNDS = 30  # calls under the profiler
 
 
 def fresh_memory():
@@ -80,7 +82,7 @@ def measure(benchmark, config, run, fast, *, copied=0, least_rounds=None):
         benchmark.pedantic(counted, setup=before, teardown=after)
         return
     start = time.perf_counter()
-    for _ in range(WARM_UP if least_rounds is None else 1):
+    for _ in range(WARM_UP if least_rounds is None or DEVICE.type == "cuda" else 1):
         (number,), _ = before()
         counted(number)
         after(number)
@@ -110,38 +112,42 @@ def measure(benchmark, config, run, fast, *, copied=0, least_rounds=None):
 
 
 def _on_a_gpu(run, fast, source, held):
-    """GPU time, and wall time without a synchronisation after every call, which hides what a call costs the CPU."""
-    from triton.testing import do_bench
+    """Wall time without a synchronisation after every call, which hides what a call costs the CPU; and the GPU's time.
+
+    The latter of the stage alone: whole steps are as long as they take.
+    """
 
     def kept(call):
         turn = iter(range(10**9))
-        return lambda: held.append(call(next(turn)))
+        return lambda *_: held.append(call(next(turn)))
 
     def in_a_row(call):
         synchronize()
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
         synchronize()
-        return 1e6 * (time.perf_counter() - start) / CALLS
+        return 1e6 * (time.perf_counter() - start) / calls
 
-    run, fast = kept(run), kept(fast)
-    quantiles = [0.25, 0.5, 0.75]
-    gpu_us = [1e3 * time for time in do_bench(run, quantiles=quantiles)]
-    fast_us = 1e3 * do_bench(fast, quantiles=[0.5])
+    run, fast, calls = kept(run), kept(fast), 1
+    calls = max(1, min(CALLS, int(1e6 * A_ROW / max(in_a_row(run), in_a_row(fast)))))
     pairs = [(in_a_row(fast), in_a_row(run)) for _ in range(20)]
     info = {
-        "gpu_us": gpu_us,
-        "gpu_times_fast": [time / fast_us for time in gpu_us],
         "wall_us": quartiles(time for _, time in pairs),
         "times_fast": quartiles(time / other for other, time in pairs),
     }
-    if source is not None:
-        copy_us = 1e3 * do_bench(source.clone, quantiles=[0.5])
-        info["share_of_copy"] = [copy_us / time for time in reversed(gpu_us)]
-        info["gb_per_s"] = 2 * source.numel() / gpu_us[1] / 1e3
-        info["copy_gb_per_s"] = 2 * source.numel() / copy_us / 1e3
-    return info
+    if source is None:
+        return info
+    gpu_us, fast_us, copy_us = (
+        quartiles(gpu_times(call, GPU_ROUNDS)) for call in (run, fast, lambda _: held.append(source.clone()))
+    )
+    return info | {
+        "gpu_us": gpu_us,
+        "gpu_times_fast": [time / fast_us[1] for time in gpu_us],
+        "share_of_copy": [copy_us[1] / time for time in reversed(gpu_us)],
+        "gb_per_s": 2 * source.numel() / gpu_us[1] / 1e3,
+        "copy_gb_per_s": 2 * source.numel() / copy_us[1] / 1e3,
+    }
 
 
 def _held(copied):

@@ -1,6 +1,6 @@
 """Tables and charts of a result: `python benchmarks/report.py RESULT.json`.
 
-pytest benchmarks/ --benchmark-json=RESULT.json      measures
+pytest benchmarks/ --benchmark-json=RESULT.json      measures; on a GPU gpu_run.sh, in parts: give them all
 python benchmarks/report.py RESULT.json              writes RESULT.md, RESULT-speedup.png and RESULT-limit.png
 python benchmarks/report.py RESULT.json --publish N  keeps the result and those files as results/N.*, and writes the
                                                      figures into the README, between its marks for N
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "ptuning-fast"
-COMMAND = "pytest benchmarks/ --benchmark-json=RESULT.json"
+COMMANDS = {"cpu": "pytest benchmarks/ --benchmark-json=RESULT.json", "cuda": "benchmarks/gpu_run.sh OUT"}
 
 
 def code(device):
@@ -155,7 +155,8 @@ def text(infos):
 def markdown(result, name, with_details=False):
     """The tables, the machine and the charts of a result, for a Markdown file that lies beside the charts."""
     infos = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
-    lines = [f"Measured on {_machine(result)}", f"by `{COMMAND}`.", ""]
+    command = COMMANDS["cuda" if result["machine_info"]["gpu"] else "cpu"]
+    lines = [f"Measured on {_machine(result)}", f"by `{command}`.", ""]
     if not is_current(result):
         lines += [f"The code has changed since: these figures belong to commit {_commit(result)}.", ""]
     for title, rows in [*tables(infos), *([details(infos)] if with_details else [])]:
@@ -230,6 +231,19 @@ def _bars(infos, figure, words, line, path):
 # The files.
 
 
+def merged(results):
+    """One result of several, which parts of one run wrote: on one machine, with the same code."""
+
+    def origin(result):
+        machine, commit = result["machine_info"], result["commit_info"]
+        return result["code"], machine["gpu"], machine["versions"], commit["id"], commit["dirty"]
+
+    for part in results[1:]:
+        if origin(part) != origin(results[0]):
+            raise SystemExit("the results do not belong together: another machine, other versions or another commit")
+    return results[0] | {"benchmarks": [benchmark for result in results for benchmark in result["benchmarks"]]}
+
+
 def published(result):
     """A result without the time of every single round and without the name of the computer."""
     result = json.loads(json.dumps(result))
@@ -251,15 +265,17 @@ def readme_with(readme, name, figures):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="what pytest wrote with --benchmark-json")
+    parser.add_argument(
+        "result", type=Path, nargs="+", help="what pytest wrote with --benchmark-json, in parts or whole"
+    )
     parser.add_argument(
         "--publish", metavar="NAME", help="keep it as benchmarks/results/NAME.json, and show it in README.md"
     )
     options = parser.parse_args()
-    result = json.loads(options.result.read_text(encoding="utf-8"))
-    stem = options.result.with_suffix("")
+    result = merged([json.loads(file.read_text(encoding="utf-8")) for file in options.result])
+    stem = options.result[0].with_suffix("")
     if options.publish:
-        if result["commit_info"]["dirty"] and options.result.parent.resolve() != RESULTS:
+        if result["commit_info"]["dirty"] and options.result[0].parent.resolve() != RESULTS:
             raise SystemExit("measured on changes that are not committed: commit, and measure again")
         stem, result = RESULTS / options.publish, published(result)
         readme = ROOT / "README.md"

@@ -36,6 +36,7 @@ class _Packed:
         with _locked():  # threads, and the replicas of DataParallel, have forwards under way with one config
             entry = _changed.setdefault(id(self.config), [self.config, self.config._attn_implementation, 0])
             entry[2] += 1
+            self.replaced = entry[1]
             self.config._attn_implementation = NAME
 
     def next_layer(self, cu_seq_lens, max_length=None):
@@ -170,6 +171,8 @@ def attention(
             f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed batches are not "
             "served with: take mode='prepend'"
         )
+    if packed.replaced == "sdpa":  # it knows no softcap: older transformers leave it out there, newer take another
+        softcap = None
     out = varlen_attention(
         *(one[0].transpose(0, 1) for one in (query, key, value)),
         packed.next_layer(cu_seq_lens_q, max_length_q),

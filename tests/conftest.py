@@ -22,7 +22,11 @@ try:
 except ImportError:  # the tests that use it are skipped
     pass
 else:
-    hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+    # On a GPU each kind of batch is compiled afresh, half a second each.
+    examples = 40 if torch.cuda.is_available() else 250
+    hypothesis.settings.register_profile(
+        "default", max_examples=examples, deadline=None, derandomize=True, print_blob=True
+    )
     hypothesis.settings.load_profile("default")
 
 NEEDS_GPU = "needs a GPU"

@@ -45,6 +45,20 @@ def test_same_as_each_text_alone(name, side):
     assert_close(*grads)
 
 
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_softcap_as_the_model_applies_it(attention):
+    """Small enough to be felt. SDPA knows none: older transformers leave it out there, and so must packed rows."""
+    model, rows = zoo.build("Gemma 2", attn_logit_softcapping=0.02, query_pre_attn_scalar=1), zoo.texts()
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    prompt = SoftPrompt(model, zoo.M)
+    inputs = prompt(*zoo.padded(rows, "right"), mode="packed")
+    outs = texts_of(zoo.rows_out(model, inputs), inputs)
+    expected = [zoo.by_hand(model, prompt.prompt_embeddings, text) for text in rows]
+    for one, other in zip(outs, expected):
+        assert_close(one, other)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PACKABLE)

@@ -123,7 +123,8 @@ def assert_same(one, other, **tolerance):
         assert torch.equal(value, other_outputs[key]), key
     assert gradients.keys() == other_gradients.keys()
     for key, value in gradients.items():
-        assert value.abs().max() > 0, key
+        # The scores of all positions rise together with a bias, which no softmax over positions feels.
+        assert value.abs().max() > 0 or ("qa_outputs" in key and key.endswith("bias")), key
         torch.testing.assert_close(value, other_gradients[key], **tolerance)
 
 

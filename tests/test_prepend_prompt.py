@@ -110,7 +110,7 @@ def case(**arguments):
     return base | arguments
 
 
-@settings(max_examples=250, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(arguments=batches())
 @example(arguments=case(B=0, n=3, m=2, d=8, packed=True))
 @example(arguments=case(B=2, n=0, m=2, d=8, adjacent=True))

@@ -106,6 +106,44 @@ def test_steps(report):
     assert dict(zip(head, other))["in all"] == "3.00"
 
 
+def test_host_cost(report):
+    figures = {"us": [1, 2, 3], "of_torch_cat": [0.1, 0.2, 0.3], "of_dispatch": [0.4, 0.5, 0.6]}
+    cases = [{"case": "forward", "launches": 1, "parts": {"checks": 1.25}} | figures]
+    ((title, (head, row, parts)),) = report.tables([{"benchmark": "host cost", "device": "stub", "cases": cases}])
+    assert "stub" in title
+    row = dict(zip(head, row))
+    assert (row[""], row["launches"], row["ptuning-fast, us"]) == ("forward", "1", "2.0 (1.0 to 3.0)")
+    assert row["of torch.cat's"] == "0.20 (0.10 to 0.30)"
+    assert row["of its dispatch alone (d = 8)"] == "0.50 (0.40 to 0.60)"
+    assert parts[0] == "of which, us: checks 1.2"
+
+
+def test_parts_of_one_run(report, result):
+    """What gpu_run.sh writes in parts is one result; parts of other runs are refused."""
+    first, second = (result | {"benchmarks": result["benchmarks"][some]} for some in (slice(2), slice(2, 5)))
+    assert report.merged([first, second])["benchmarks"] == result["benchmarks"][:5]
+    for key, other in (("code", {}), ("commit_info", result["commit_info"] | {"id": "0"})):
+        with pytest.raises(SystemExit, match="do not belong together"):
+            report.merged([first, second | {key: other}])
+
+
+def test_gpu_times_are_sums_from_mark_to_mark():
+    """Without the gaps between kernels, in the order of the clock, and without what ran before the first mark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import gpu_time
+    finally:
+        sys.path.pop(0)
+    events = [
+        (0, 9, "warm-up"),
+        (10, 60, "erfinv_kernel"),
+        (90, 94, "copy"),
+        (60, 63, "cat"),
+        (100, 150, "erfinv_kernel"),
+    ]
+    assert gpu_time.sums_between([*events, (151, 152, "cat")]) == [7, 1]
+
+
 def test_command(tmp_path, result):
     """Markdown and charts beside any result, one case alone included."""
     pytest.importorskip("matplotlib", reason="the charts need matplotlib: pip install 'ptuning-fast[bench]'")
