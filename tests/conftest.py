@@ -1,7 +1,7 @@
 """Where the op runs in the tests.
 
 `backend` runs a test twice: on the Triton kernels (on a GPU where there is one, in Triton's CPU interpreter elsewhere)
-and on the torch path. Triton decides at its import whether it interprets, hence the first lines.
+and on the torch backend. Triton decides at its import whether it interprets, hence the first lines.
 """
 
 import os
@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from ptuning_fast import functional
+from ptuning_fast.op import functional
 
 try:
     import hypothesis
@@ -31,10 +31,13 @@ else:
 
 NEEDS_GPU = "needs a GPU"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others have the other cores
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(params=["kernels", "torch"])
 def backend(request, monkeypatch):
-    """The device to put tensors on, with the op bound to the kernels or to the torch path."""
+    """The device to put tensors on, with the op bound to the kernels or to the torch backend."""
     if request.param == "torch":
         monkeypatch.setattr(functional, "kernels", None)
         return torch.device("cpu")
@@ -42,7 +45,7 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture
-def torch_path(monkeypatch):
+def torch_backend(monkeypatch):
     """Where the op is not what is tested: without a GPU its kernels would be interpreted, at length."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(functional, "kernels", None)

@@ -5,11 +5,11 @@ import zoo
 
 from ptuning_fast import FastPTuning
 
-PACKABLE = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "ALBERT", "ModernBERT", "GPT-2", "OPT", "Llama"]
-PACKABLE += ["Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3"]
+PACKABLE = ["BERT", "RoBERTa", "XLM-R", "CamemBERT", "DistilBERT", "ELECTRA", "ALBERT", "ModernBERT"]
+PACKABLE += ["GPT-2", "OPT", "Llama", "Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3"]
 DECODERS = PACKABLE[PACKABLE.index("GPT-2") :]
-FULL = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "ALBERT"]
-PRUNABLE = ["BERT", "RoBERTa", "XLM-R", "DistilBERT", "ELECTRA", "DeBERTa-v2"]
+FULL = ["BERT", "RoBERTa", "XLM-R", "CamemBERT", "DistilBERT", "ELECTRA", "ALBERT"]
+PRUNABLE = ["BERT", "RoBERTa", "XLM-R", "CamemBERT", "DistilBERT", "ELECTRA", "DeBERTa-v2"]
 
 
 def base(name):

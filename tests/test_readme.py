@@ -23,7 +23,7 @@ def test_snippets(tmp_path, minilm):
 
 def test_commands_are_understood():
     """Every `python -m ptuning_fast` line of the README has options that the parser knows."""
-    from ptuning_fast.__main__ import parser
+    from ptuning_fast.cli.main import parser
 
     lines = re.findall(r"python -m ptuning_fast ((?:train|predict)[^\n#`|]*)", README)
     assert len(lines) >= 4

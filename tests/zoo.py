@@ -24,6 +24,7 @@ ZOO = {
     "BERT": ("bert", "BertModel", ENCODER),
     "RoBERTa": ("roberta", "RobertaModel", ENCODER | {"pad_token_id": 1, "bos_token_id": 0}),
     "XLM-R": ("xlm-roberta", "XLMRobertaModel", ENCODER | {"pad_token_id": 1, "bos_token_id": 0}),
+    "CamemBERT": ("camembert", "CamembertModel", ENCODER | {"pad_token_id": 1, "bos_token_id": 0}),
     "DistilBERT": (
         "distilbert",
         "DistilBertModel",
@@ -166,5 +167,5 @@ def readme_with(readme):
 
 
 if __name__ == "__main__":
-    file = Path(__file__).parents[1] / "README.md"
+    file = Path(__file__).parents[1] / "docs" / "models.md"
     file.write_text(readme_with(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -203,27 +203,23 @@ def tile_shape(d: int) -> tuple[int, int]:
     return 4096 // block_d, block_d
 
 
-def forward(
-    input_ids,
-    attention_mask,
-    weight,
-    prompt,
-    token_type_ids,
-    labels,
-    position_start,
-    prompt_index,
-    embed_scale,
-    adjacent,
-    packed,
-    lengths,
-    additive_mask,
-):
-    """Allocate the outputs and launch; the arguments are `ptuning_fast.prepend_prompt`'s, already checked.
+def forward(batch, weight, prompt, layout):
+    """Allocate the outputs and launch; the arguments are those of `ptuning_fast.op`, already checked.
 
-    `lengths` is a list of B ints, or None where the host does not know them. Returns
-    (inputs_embeds, attention_mask, token_type_ids, labels, position_ids, cu_seq_lens, prompt_start, max_length),
-    None for what was not asked for. `prompt_start` [B] is what `backward` needs to find the prompt rows again.
+    Args:
+        batch: (input_ids, attention_mask, token_type_ids, labels), [B, n] each, the latter three or None.
+        weight: [V, d].
+        prompt: (vectors [m, d], None), or a bank (vectors [K, m, d], index [B]).
+        layout: (position_start, embed_scale, adjacent, packed, lengths, additive_mask); `lengths` is a list of B ints,
+            or None where the host does not know them.
+
+    Returns:
+        (inputs_embeds, attention_mask, token_type_ids, labels, position_ids, cu_seq_lens, prompt_start, max_length),
+        None for what was not asked for. `prompt_start` [B] is what `backward` needs to find the virtual tokens again.
     """
+    input_ids, attention_mask, token_type_ids, labels = batch
+    prompt, prompt_index = prompt
+    position_start, embed_scale, adjacent, packed, lengths, additive_mask = layout
     (B, n), (V, d) = input_ids.shape, weight.shape
     K, m, _ = (1, *prompt.shape) if prompt_index is None else prompt.shape
     S = m + n

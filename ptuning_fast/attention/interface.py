@@ -1,0 +1,112 @@
+"""Packed batches through transformers' models: an attention implementation that is set once and left there.
+
+transformers asks its AttentionInterface for the function that a model's config names, at every layer, and hands it the
+keyword arguments of the call. There are two of ours, one over each implementation that a model may have had before:
+
+    sdpa   ->  ptuning_fast_sdpa      with cu_seq_lens_q: each sequence by itself, by varlen.py
+    eager  ->  ptuning_fast_eager     without: what sdpa, or the model's own eager attention, makes of the call
+
+So padded calls, `generate`, gradient checkpointing and other threads go on as before. Flash attention takes
+`cu_seq_lens_q` by itself, and is left alone.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .varlen import varlen_attention
+
+__all__ = ["mask_of_packed", "serve_packed"]
+
+OURS = "ptuning_fast_"
+
+
+def serve_packed(model: nn.Module) -> None:
+    """From now on, calls of `model` with `cu_seq_lens_q` compute packed attention; others as before.
+
+    Raises:
+        TypeError: an implementation that neither knows of sequences nor is one of the two that ours stand over.
+    """
+    config: Any = model.config
+    before = config._attn_implementation
+    if before.startswith(OURS) or "flash_attention" in before:
+        return
+    if before not in ("sdpa", "eager"):
+        raise TypeError(
+            f"{type(model).__name__} has the attention implementation {before!r}, which packed batches are not served "
+            "with: take mode='prepend', or load it with attn_implementation='sdpa'"
+        )
+    _register()
+    model.set_attn_implementation(OURS + before)  # type: ignore[operator]
+    if config._attn_implementation != OURS + before:
+        raise TypeError(f"{type(model).__name__} keeps its attention implementation: take mode='prepend'")
+
+
+def mask_of_packed(model: nn.Module, device: torch.device) -> Tensor | None:
+    """What to give as `attention_mask` with a packed batch: a model makes none from a 4-D mask, and ours reads none."""
+    ours = model.config._attn_implementation.startswith(OURS)  # type: ignore[union-attr]
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device) if ours else None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    for base, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+        AttentionInterface.register(OURS + base, partial(_attention, base))
+        AttentionMaskInterface.register(OURS + base, mask)
+
+
+def _base_attention(base: str, module: nn.Module) -> Callable:
+    if base == "eager":  # each model's file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward
+
+
+# What models hand to every attention function and what changes nothing here.
+_HARMLESS = {"cu_seq_lens_k", "max_length_k", "position_ids", "use_cache", "deterministic"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "cache_position"}
+
+
+def _attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: [1, heads, T, e] three times, and [1, T, heads, e] back."""
+    if cu_seq_lens_q is None:
+        return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError("a packed batch is for one forward, without a cache: for generate take mode='prepend'")
+    options = {
+        "causal": kwargs.pop("is_causal", None),
+        "window": kwargs.pop("sliding_window", None),
+        "scale": kwargs.pop("scaling", None),
+        "softcap": kwargs.pop("softcap", None),
+        "dropout": kwargs.pop("dropout", 0.0),
+    }
+    max_length = kwargs.pop("max_length_q")
+    unknown = [name for name, value in kwargs.items() if not (name in _HARMLESS or value is None or value is False)]
+    if unknown:
+        raise TypeError(
+            f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed batches are not "
+            "served with: take mode='prepend'"
+        )
+    if options["causal"] is None:
+        options["causal"] = getattr(module, "is_causal", True)
+    if base == "sdpa":  # it knows no softcap: older transformers leave it out there, newer take another
+        options["softcap"] = None
+    rows = (one[0].transpose(0, 1) for one in (query, key, value))
+    return varlen_attention(*rows, cu_seq_lens_q, max_length, **options)[None], None

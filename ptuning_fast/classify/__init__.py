@@ -1,0 +1,1 @@
+"""FastPTuning: the drop-in classifier, and the module that it replaces."""

@@ -1,0 +1,354 @@
+"""FastPTuning: the drop-in for the torch.cat module, a frozen model with a prompt in front and a linear head."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..files import adapter
+from ..files import classifier as classifier_files
+from ..models import describe, prepend
+from ..models.families import family_of
+from ..models.probe import is_causal, quietly
+from ..modes import Mode, mode_for
+from ..op import Batch, Embedded, Layout, Prompt
+from ..prompt.initial import initial_prompt
+from .last_layer import pooled_rows_only, prunable
+from .pooling import POOLINGS, mean_of_tokens, pooled_columns
+from .precision import DTYPES, store_linears
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+__all__ = ["FastPTuning"]
+
+MODES = ("prepend", "packed")
+
+
+class _AsReference(Mode):
+    """The torch.cat module's layout: the prompt at column 0 whatever the padding, and no positions."""
+
+    name = "prepend"
+
+    def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+        return prepend(model.get_input_embeddings(), batch, prompt, layout)
+
+    def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+        return embedded.as_inputs()
+
+
+class FastPTuning(nn.Module):
+    """Prompt tuning for text classification: only `prompt_embeddings` and `classifier` are trained.
+
+        prompt_embeddings [m, d]  input_ids [B, n]
+                     └──── prepend ────┘
+                       [B, m + n, d]  ──  bert (frozen)  ──  pooling  ──  classifier  ──  logits [B, num_labels]
+
+    Args:
+        model_name: a hub id or a folder for `AutoModel.from_pretrained`, or a loaded encoder or decoder without a head,
+            which is frozen.
+        prompt_length: virtual tokens, m.
+        num_labels: classes; 1 is a regression.
+        pooling: the row of the last hidden state that is classified: `"first"` is row 0, the first virtual token, as
+            the torch.cat module has it; `"cls"` is the text's own first token (row m, behind any padding on the left);
+            `"mean"` averages the text's tokens; `"last"` is its last token. A decoder, whose first rows no text
+            reaches, takes one of the latter two.
+        init: what the prompt starts as: `"normal"`, `"vocab"` (sampled token rows), a text, or a tensor [m, d].
+        mode: `"prepend"`, the layout of the torch.cat module; `"packed"` leaves the padding out: the sequences go
+            through the encoder concatenated, each with attention to itself.
+        prune: whether behind the last layer's attention only the pooled row is computed. Done where the architecture is
+            recognised and the pooling is not `"mean"`; by default in mode `"packed"`, as in mode `"prepend"` the logits
+            are else the reference's bit by bit.
+        additive_mask: in mode `"prepend"`, whether the encoder is given its padding mask as its attention adds it, and
+            so neither asks anything of it nor builds another: a step then never waits for the GPU, and can be captured
+            in a CUDA graph. Done where the architecture is recognised. (Where there is no padding, leave
+            `attention_mask` out altogether: then no mask is made.)
+        precision: `"bf16"` or `"fp16"` keeps the encoder's frozen linear layers so, and runs it under autocast; prompt
+            and head stay in fp32. It changes an encoder that is handed in.
+        id2label: names of the labels by their number, kept with the adapter.
+        max_length: tokens to cut texts to, kept with the adapter; by default as many as the encoder has positions for.
+
+    The parameters, their names and the order in which they are drawn are those of `reference.ReferencePTuning`: the
+    same seed gives the same module, and either loads the other's `state_dict`.
+    """
+
+    def __init__(
+        self,
+        model_name: str | Path | nn.Module = "bert-base-uncased",
+        prompt_length: int = 10,
+        num_labels: int = 2,
+        *,
+        pooling: str = "first",
+        init: str | Tensor = "normal",
+        mode: str = "prepend",
+        prune: bool | None = None,
+        additive_mask: bool = False,
+        precision: str | None = None,
+        id2label: dict[int, str] | None = None,
+        max_length: int | None = None,
+    ):
+        from transformers import AutoModel, PreTrainedModel  # heavy: with the first module, not with the package
+
+        super().__init__()
+        if prompt_length < 0 or num_labels < 1:
+            raise ValueError(
+                f"prompt_length must be 0 or more and num_labels 1 or more; they are {prompt_length} and {num_labels}"
+            )
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; it is {pooling!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
+        if precision is not None and precision not in DTYPES:
+            raise ValueError(f"precision must be None, {' or '.join(map(repr, DTYPES))}; it is {precision!r}")
+        if mode == "packed" and prompt_length == 0:
+            raise ValueError(
+                "mode='packed' needs a prompt of one row at least: a text without tokens would have no row"
+            )
+        if id2label is not None and sorted(map(int, id2label)) != list(range(num_labels)):
+            raise ValueError(f"id2label must name the labels 0 to {num_labels - 1}; it has {sorted(id2label)}")
+        if not isinstance(model_name, (str, Path, PreTrainedModel)):
+            raise TypeError(f"model_name must be a name, a folder or a loaded encoder, not {type(model_name).__name__}")
+        self.bert = model_name if isinstance(model_name, nn.Module) else AutoModel.from_pretrained(model_name)
+        if self.bert.base_model is not self.bert:
+            raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
+        if self.bert.config.is_encoder_decoder:
+            raise TypeError(f"{type(self.bert).__name__} is encoder and decoder: give its encoder alone")
+        info = self._info = describe(self.bert)
+        # The layout of the reference where that applies; any other model gets what it takes to ignore padding.
+        as_reference = hasattr(getattr(self.bert, "embeddings", None), "word_embeddings")
+        if pooling in ("first", "cls") and not as_reference and is_causal(self.bert):
+            raise ValueError(
+                f"pooling={pooling!r} reads a row that no text reaches, as {type(self.bert).__name__} is causal: "
+                "take 'last' or 'mean'"
+            )
+        in_front = mode == "prepend" and as_reference
+        self._served = _AsReference(self.bert, info) if in_front else mode_for(mode, self.bert, info)
+        prune = (mode == "packed") if prune is None else prune
+        self.prune = bool(prune) and pooling != "mean" and prunable(self.bert)
+        self.additive_mask = additive_mask and mode == "prepend" and _takes_additive_mask(self.bert)
+        self.precision = precision
+        self.bert.requires_grad_(False)
+        if precision is not None:
+            store_linears(self.bert, precision)
+        self.prompt_length, self.num_labels = prompt_length, num_labels
+        self.pooling, self.mode = pooling, mode
+        self.id2label = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
+        self.base_model = _base_model(self.bert.config._name_or_path if model_name is self.bert else model_name)
+
+        table = self.bert.get_input_embeddings()
+        prompt = initial_prompt(init, prompt_length, table, self.base_model)
+        self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
+        width = getattr(self.bert.config, "word_embed_proj_dim", self.bert.config.hidden_size)  # the former: OPT's
+        self.classifier = nn.Linear(width, num_labels).to(table.weight.device)
+
+        positions = info.max_positions
+        room = None if positions is None else positions - prompt_length
+        if room is not None and room < 1:
+            raise ValueError(
+                f"prompt_length={prompt_length} leaves no room for text: "
+                f"{type(self.bert).__name__} has {positions} positions"
+            )
+        if max_length is None:
+            limit = positions or getattr(self.bert.config, "max_position_embeddings", None)
+            max_length = None if limit is None else limit - prompt_length
+        elif not 1 <= max_length <= (room or max_length):
+            raise ValueError(f"max_length={max_length} is not between 1 and {room}, the room for text")
+        self.max_length = max_length
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> "Tensor | SequenceClassifierOutput":
+        """Classify a batch of tokenised texts.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: [B, n] each, as a tokenizer returns them. An encoder that takes
+                no token types (DistilBERT) is not given any.
+            labels: [B] int64 class numbers; float [B] with `num_labels=1` for a regression, float [B, num_labels] for
+                several labels at once.
+
+        Returns:
+            Logits [B, num_labels], or with `labels` a `SequenceClassifierOutput` of `loss` and `logits`.
+        """
+        self._info.check_room(self.prompt_length, input_ids.shape[-1])
+        types = token_type_ids if "token_type_ids" in self._info.takes else None
+        given = batch = Batch(input_ids, attention_mask, types)
+        order = None
+        if self.mode == "packed" and attention_mask is not None:
+            # Sequences of one length side by side share one attention call.
+            order = (attention_mask != 0).sum(1).argsort()
+            batch = Batch(*(None if value is None else value[order] for value in given))
+        try:
+            embedded = self._embed(batch)
+        except IndexError:
+            self._embed(given)  # the same error, with the caller's row
+            raise
+        pooled = self._pool(self._encode(embedded, batch), embedded, batch)
+        if order is not None:
+            pooled = pooled[order.argsort()]
+        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        if labels is None:
+            return logits
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        return SequenceClassifierOutput(loss=_loss(logits, labels), logits=logits)
+
+    def _embed(self, batch: Batch) -> Embedded:
+        layout = Layout(additive_mask=self._compute_dtype(batch.input_ids.device) if self.additive_mask else None)
+        return self._served.embed(self.bert, batch, Prompt(self.prompt_embeddings), layout)
+
+    def _encode(self, embedded: Embedded, batch: Batch) -> Tensor:
+        """The last hidden state: all rows, [B, S, d] or packed [1, T, d], or with `prune` the pooled ones."""
+        inputs = self._served.inputs(self.bert, embedded, Prompt(self.prompt_embeddings))
+        if self.prune:
+            from .untraced import untraced  # hooks for one call are nothing to trace through
+
+            return untraced(self._encode_pruned, inputs, embedded, batch)
+        with self._precision(batch.input_ids.device):
+            return self.bert(**inputs).last_hidden_state
+
+    def _encode_pruned(self, inputs: dict[str, Any], embedded: Embedded, batch: Batch) -> Tensor:
+        if self.bert.training and any(getattr(one, "gradient_checkpointing", False) for one in self.bert.modules()):
+            raise ValueError(
+                "gradient checkpointing computes the last layer again when prune is no longer in force: "
+                "take prune=False"
+            )
+        columns = pooled_columns(self.pooling, self.prompt_length, embedded, batch.attention_mask)
+        if isinstance(columns, int):
+            columns = torch.full((len(batch.input_ids),), columns, device=batch.input_ids.device)
+        with pooled_rows_only(self.bert, columns), self._precision(batch.input_ids.device):
+            return self.bert(**inputs).last_hidden_state
+
+    def _pool(self, hidden: Tensor, embedded: Embedded, batch: Batch) -> Tensor:
+        """[B, d]"""
+        if self.prune:
+            return hidden.reshape(len(batch.input_ids), -1)
+        if self.pooling == "mean":
+            return mean_of_tokens(hidden, self.prompt_length, batch.attention_mask, embedded.cu_seq_lens)
+        columns = pooled_columns(self.pooling, self.prompt_length, embedded, batch.attention_mask)
+        if embedded.cu_seq_lens is not None:
+            return hidden[0, columns]
+        if isinstance(columns, int):
+            return hidden[:, columns]
+        return hidden.take_along_dim(columns[:, None, None], 1)[:, 0]
+
+    def _precision(self, device: torch.device) -> Any:
+        return nullcontext() if self.precision is None else torch.autocast(device.type, DTYPES[self.precision])
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What attention computes in: autocast's dtype, the caller's or that of `precision`, else the encoder's."""
+        if self.precision is not None:
+            return DTYPES[self.precision]
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.bert.get_input_embeddings().weight.dtype
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The encoder's own, which `transformers.Trainer` asks for."""
+        self.bert.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The encoder's own."""
+        self.bert.gradient_checkpointing_disable()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what is trained, and nothing of the encoder, into `folder`.
+
+        `adapter_model.safetensors` holds the tensors and, in its header, the settings, so that the old adapter is
+        replaced by the new one in a single step; `adapter_config.json` repeats the settings for people to read.
+        """
+        settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
+        settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name in classifier_files.TENSORS}
+        adapter.save(folder, tensors, settings)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model_name: str | Path | nn.Module | None = None) -> "FastPTuning":
+        """The module that `save_pretrained` wrote, on its encoder, in eval mode.
+
+        Args:
+            folder: where the adapter is.
+            model_name: the encoder, where it is not to be had under the name that the adapter was trained with.
+
+        Raises:
+            FileNotFoundError: no adapter in `folder`.
+            ValueError: the file is no adapter of this class, or the encoder has another embedding width.
+        """
+        tensors, settings = classifier_files.load(folder)
+        name, most = settings["base_model_name_or_path"], settings.get("max_length")
+        if not name and model_name is None:
+            raise ValueError(f"the adapter in {folder} does not name its encoder, which had no name: give model_name")
+        trained_on = name or "an encoder without a name"
+        wanted = {key: settings.get(key) for key in classifier_files.SETTINGS if key != "max_length"}
+        model = model_name if model_name is not None else name
+        rng = torch.random.get_rng_state()
+        model = cls(model, **wanted)
+        torch.random.set_rng_state(rng)
+        if model_name is not None and not isinstance(model_name, nn.Module):
+            model.base_model = _base_model(model_name)
+        kinds = settings.get("model_type", model.bert.config.model_type), model.bert.config.model_type
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"the adapter in {folder} was trained on a {kinds[0]} ({trained_on}), and this is a {kinds[1]}"
+            )
+        own = dict(model.named_parameters())
+        for key in classifier_files.TENSORS:
+            if key not in tensors or tensors[key].shape != own[key].shape:
+                found = "missing" if key not in tensors else f"{list(tensors[key].shape)}"
+                other = model.base_model or type(model.bert).__name__
+                raise ValueError(
+                    f"the adapter in {folder} does not fit {other}: {key} is {found}, "
+                    f"the model needs {list(own[key].shape)} (trained on {trained_on})"
+                )
+        model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)
+        model.max_length = min(filter(None, (most, model.max_length)), default=None)
+        return model.eval()
+
+    def extra_repr(self) -> str:
+        return (
+            f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}, "
+            f"prune={self.prune}, additive_mask={self.additive_mask}, precision={self.precision!r}"
+        )
+
+
+def _takes_additive_mask(model: Any) -> bool:
+    """Whether `model` may be given its padding mask as its attention adds it to its scores, [B, 1, 1, S].
+
+    Of a mask [B, S] an encoder asks at every step whether there is any padding, for which the host waits, and builds
+    [B, 1, S, S] from it where there is; every layer then turns that into numbers again. None of this is left. For full
+    attention in every layer: a causal model or one with sliding windows would take such a mask, too, and be silently
+    wrong. An architecture of which that is known is probed with three tokens.
+    """
+    family = family_of(model)
+    if family is None or not family.full_attention or getattr(model.config, "is_decoder", False):
+        return False
+    if model.base_model is not model or model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    with quietly(model):
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=model.get_input_embeddings().weight.device)
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0]], device=ids.device)
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        added = torch.where(mask == 0, torch.finfo(hidden.dtype).min, 0.0).to(hidden.dtype)[:, None, None]
+        same = model(input_ids=ids, attention_mask=added).last_hidden_state
+    real = mask != 0
+    return torch.allclose(same[real], hidden[real], rtol=1e-3, atol=1e-3)
+
+
+def _base_model(name: Any) -> str:
+    """The name to keep with an adapter: that of a folder must not depend on where it is read from."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else str(name)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss that transformers' sequence classifiers take for labels of this dtype and shape."""
+    if not labels.is_floating_point() and logits.shape[1] > 1:
+        return F.cross_entropy(logits, labels.view(-1).long())
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits.squeeze(-1), labels.view(-1).to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

@@ -1,0 +1,169 @@
+"""Only the rows that are pooled leave the last layer: behind its attention, nothing else is computed.
+
+On a CPU nothing else is in its attention either. A score is (W_q x + b_q) . (W_k y + b_k) = (W_k' (W_q x + b_q)) . y +
+a number that softmax does not see, and a weighted sum of values is W_v (weighted sum of y) + b_v. So where one row x a
+text is asked for, W_k and W_v are applied to it, and not to every row y.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.by_length import groups_of
+from ..models.families import Family, family_of
+from ..models.probe import quietly
+
+__all__ = ["pooled_rows_only", "prunable"]
+
+
+def prunable(model: Any) -> bool:
+    """Whether `pooled_rows_only` is right for `model`: an architecture that is known, and probed with three tokens."""
+    family = family_of(model)
+    if family is None or family.part is None or model.base_model is not model:
+        return False
+    with quietly(model):
+        table = model.get_input_embeddings()
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=table.weight.device)
+        full = model(input_ids=ids).last_hidden_state[:, 1:2]
+        with pooled_rows_only(model, torch.tensor([1, 1], device=ids.device)):
+            pruned = model(input_ids=ids).last_hidden_state
+    return pruned.shape == full.shape and torch.allclose(pruned, full, rtol=1e-3, atol=1e-3)
+
+
+# Of the models that are changed, each for one forward of one thread.
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def pooled_rows_only(model: nn.Module, columns: Tensor) -> Iterator[None]:
+    """Inside, `last_hidden_state` has the pooled rows alone.
+
+    Args:
+        columns: [B], the column of each batch row: [B, 1, d] comes out. Of a packed batch [1, T], the rows that are
+            pooled: [1, len(columns), d].
+    """
+
+    columns = columns.long()
+    lock, owner = _locks.setdefault(model, threading.RLock()), threading.get_ident()
+
+    def elsewhere() -> bool:
+        return threading.get_ident() != owner
+
+    # The last hidden state that was selected from, and its rows: attention and residual share it.
+    chosen: list[Any] = [None, None]
+
+    def select(rows: Tensor) -> Tensor:
+        if chosen[0] is not rows:
+            one_a_row = len(rows) == len(columns)
+            chosen[:] = rows, rows.take_along_dim(columns[:, None, None], 1) if one_a_row else rows[:, columns]
+        return chosen[1]
+
+    with lock, contextlib.ExitStack() as changes:
+        family = family_of(model)
+        assert family is not None and family.part is not None
+        attention = _self_attention(model, family)
+        if attention is None:
+
+            def part(module: nn.Module, arguments: tuple) -> tuple:
+                return arguments if elsewhere() else tuple(select(rows) for rows in arguments)
+
+        else:
+            pooled = functools.partial(_pooled_attention, attention, select)
+            changes.enter_context(replaced_forward(attention, pooled))
+
+            def part(module: nn.Module, arguments: tuple) -> tuple:
+                return arguments if elsewhere() else (arguments[0], select(arguments[1]))
+
+        changes.callback(family.part(model).register_forward_pre_hook(part).remove)
+        yield
+
+
+def _self_attention(model: Any, family: Family) -> nn.Module | None:
+    """The last layer's, where it can be computed for the pooled rows alone; else None."""
+    if model.device.type != "cpu" or family.attention is None:
+        return None
+    attention = family.attention(model)
+    return attention if _is_understood(attention) and is_untouched(attention) else None
+
+
+def _pooled_attention(
+    attention: Any,
+    select: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    attention_mask: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The forward of that self-attention: [B, 1, d], or of a packed batch [1, B, d]; and no weights."""
+    rows = select(hidden)
+    if cu_seq_lens_q is None:
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, 0, :1]  # the same for every row: attention is full
+            if attention_mask.dtype == torch.bool:
+                attention_mask = torch.where(attention_mask, 0.0, float("-inf"))
+        return _attend(attention, rows[:, 0], [hidden], [attention_mask])[:, None], None
+    groups = groups_of(cu_seq_lens_q)
+    texts = [text.view(g, n, -1) for (g, n), text in zip(groups, hidden[0].split([g * n for g, n in groups]))]
+    return _attend(attention, rows[0], texts, [None] * len(texts))[None], None
+
+
+def _is_understood(attention: nn.Module) -> bool:
+    """Whether `attention` is a BERT's self-attention of plain linear layers, whose weights may be read."""
+    linears = [getattr(attention, name, None) for name in ("query", "key", "value")]
+    plain = all(type(one) is nn.Linear and is_untouched(one) for one in linears)
+    return plain and hasattr(attention, "num_attention_heads")
+
+
+def _attend(attention: Any, rows: Tensor, texts: list[Tensor], masks: list[Tensor | None]) -> Tensor:
+    """[B, d], what `attention` makes of `rows`, computed in fp32.
+
+    Args:
+        rows: [B, d], one of each text.
+        texts: the hidden states of the texts, [g, n, d] for g texts at a time, B in all.
+        masks: for each of these what is added to the scores, [g, 1, n], or None.
+    """
+    H, B, d = attention.num_attention_heads, len(rows), rows.shape[-1]
+    dropout = attention.dropout.p if attention.training else 0.0
+    dtype = rows.dtype
+    with torch.autocast(rows.device.type, enabled=False):
+        (w_q, b_q), (w_k, _), (w_v, b_v) = (
+            (one.weight.float(), None if one.bias is None else one.bias.float())
+            for one in (attention.query, attention.key, attention.value)
+        )
+        queries = (F.linear(rows.float(), w_q, b_q) * attention.scaling).view(B, H, -1)
+        queries = torch.einsum("bhe,hed->bhd", queries, w_k.view(H, -1, w_k.shape[1]))
+        sums, totals = [], []
+        for query, text, mask in zip(queries.split([len(text) for text in texts]), texts, masks):
+            text = text.float()
+            # In this order the gradient by `text` comes out in its own layout.
+            scores = torch.bmm(text, query.transpose(1, 2)).transpose(1, 2)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            sums.append(torch.bmm(weights, text))
+            totals.append(weights.sum(-1, keepdim=True))  # 1, but for dropout
+        out = torch.einsum("bhd,hed->bhe", torch.cat(sums), w_v.view(H, -1, d))
+        if b_v is not None:
+            out = out + torch.cat(totals) * b_v.view(H, -1)
+    return out.reshape(B, -1).to(dtype)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody has hooked into `module` or replaced its forward."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, `forward` is the module's in this thread; other threads see its own."""
+    own, owner = module.forward, threading.get_ident()
+    module.forward = lambda *args, **kwargs: (forward if threading.get_ident() == owner else own)(*args, **kwargs)
+    try:
+        yield
+    finally:
+        del module.forward

@@ -1,0 +1,1 @@
+"""Adapters on disk: safetensors replaced atomically, PEFT's format, the classifier's."""

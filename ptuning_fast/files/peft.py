@@ -1,0 +1,188 @@
+"""Soft prompts as PEFT's adapter files, with what PEFT does not know of in the same file.
+
+    adapter_model.safetensors   prompt_embeddings [m, d] as the model sees them, and a task head: PEFT's layout;
+                                under ptuning_fast.*, with an encoder or a bank, the parameters themselves, from which
+                                training resumes; in the header, the settings
+    adapter_config.json         PEFT's settings
+
+PEFT passes over names that it does not know. A bank [K, m, d] has no prompt_embeddings of PEFT's: each of its prompts
+has a folder of its own for PEFT: 0, 1, ... The first file is whole by itself and replaced in one step, so a crash
+leaves the old adapter or the new one.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..models.info import is_a, unwrapped
+from . import adapter
+
+__all__ = ["Saved", "head_of", "load", "peft_config", "save"]
+
+OURS = "ptuning_fast."
+FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
+PEFT_TYPES = ("PROMPT_TUNING", "P_TUNING")
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+_SUBMODULES = "num_transformer_submodules"
+HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def peft_config(model: Any, base_model: str, length: int, d: int) -> dict[str, Any]:
+    """The settings of a PROMPT_TUNING adapter for `model`, with the keys that PEFT writes."""
+    model = unwrapped(model)
+    task = next((task for end, task in TASKS.items() if is_a(model, end)), "FEATURE_EXTRACTION")
+    if model.config.is_encoder_decoder and task == "FEATURE_EXTRACTION":
+        task = "SEQ_2_SEQ_LM"
+    text = model.config.get_text_config()
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": task,
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model or None,
+        "revision": None,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "num_attention_heads": getattr(text, "num_attention_heads", 1),
+        "num_layers": getattr(text, "num_hidden_layers", 1),
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": length,
+        "token_dim": d,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None,
+        "tokenizer_kwargs": None,
+        "model_type": model.config.model_type,  # kept in the files' headers alone: PEFT does not know it
+    }
+
+
+def head_of(model: Any, task: str) -> dict[str, Tensor]:
+    """The parameters outside the base model of a classifier: {"classifier.weight": ...}; none for other tasks.
+
+    None either of a model that PEFT has wrapped (LoRA and the like): it keeps its head with its own adapter.
+    """
+    if task not in HEADS or hasattr(getattr(model, "_orig_mod", model), "peft_config"):
+        return {}
+    model = unwrapped(model)
+    inner = model.base_model_prefix + "."
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inner)}
+
+
+class Saved(NamedTuple):
+    """A soft prompt on disk."""
+
+    parameters: dict[str, Tensor]  # SoftPrompt's state_dict
+    head: dict[str, Tensor]  # parameters of the model that were trained with it
+    config: dict[str, Any]  # PEFT's settings, and the model's type
+    settings: dict[str, Any]  # num_prompts, and the encoder's
+
+
+def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
+    """Write an adapter that PEFT loads; of a bank, one that we load, and one for PEFT of each prompt.
+
+    Args:
+        rows: [m, d] or [K, m, d], the prompts as the model sees them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before, bank = _bank_size(folder), rows.dim() == 3
+    tensors = {f"base_model.{name}": tensor for name, tensor in saved.head.items()}
+    if not bank:
+        tensors["prompt_embeddings"] = rows
+    if bank or len(saved.parameters) > 1:
+        tensors |= {OURS + name: tensor for name, tensor in saved.parameters.items()}
+    if bank:  # PEFT knows a folder of an adapter by its settings
+        (folder / adapter.CONFIG).unlink(missing_ok=True)
+    settings = {"config": saved.config} | saved.settings
+    adapter.replace(folder / adapter.WEIGHTS, adapter.as_bytes(tensors, settings))
+    if not bank:
+        config = {key: value for key, value in saved.config.items() if key != "model_type"}
+        adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
+    (folder / FIRST_VERSION).unlink(missing_ok=True)
+    for place, prompt in enumerate(rows if bank else []):
+        one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, {"num_prompts": None, "encoder": None})
+        save(folder / str(place), one, prompt)
+    _remove_bank(folder, len(rows) if bank else 0, before)
+
+
+def load(folder: str | Path) -> Saved:
+    """A prompt as it was saved, by us or by PEFT.
+
+    Raises:
+        FileNotFoundError: no adapter in `folder`.
+        ValueError: an adapter of another kind, or a damaged one.
+    """
+    folder = Path(folder)
+    first = _of_first_version(folder)
+    if first is not None:
+        return first
+    if not (folder / adapter.WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"the adapter in {folder} is a pickle (adapter_model.bin), which may run code when it is read: "
+                "load it with PEFT and save it again, as safetensors"
+            )
+        raise FileNotFoundError(f"no adapter in {folder}: there is no {adapter.WEIGHTS}")
+    tensors, settings = adapter.read(folder / adapter.WEIGHTS)
+    config = settings.pop("config", settings)
+    if not config:
+        try:
+            config = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the adapter in {folder} has no readable {adapter.CONFIG}: {error}") from None
+    parameters = {name.removeprefix(OURS): tensors.pop(name) for name in list(tensors) if name.startswith(OURS)}
+    if config.get("peft_type") not in PEFT_TYPES or not (parameters or "prompt_embeddings" in tensors):
+        kind = config.get("peft_type", "of another kind")
+        raise ValueError(f"the adapter in {folder} is {kind}; a SoftPrompt is {' or '.join(PEFT_TYPES)}")
+    rows, m, copies = (tensors.pop("prompt_embeddings", None), *map(config.get, ("num_virtual_tokens", _SUBMODULES)))
+    if rows is not None:
+        # PEFT keeps a second prompt for the decoder of an encoder-decoder, which its forward does not use.
+        if not isinstance(m, int) or rows.dim() != 2 or len(rows) not in (m, m * (copies or 1)):
+            raise ValueError(
+                f"the adapter in {folder} is damaged: its prompt is {list(rows.shape)}, and its settings say "
+                f"num_virtual_tokens={m!r}, {_SUBMODULES}={copies!r}"
+            )
+        parameters.setdefault("prompt_embeddings", rows[:m])
+    head = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
+    return Saved(parameters, head, config, settings if settings is not config else {})
+
+
+def _bank_size(folder: Path) -> int:
+    """How many prompts the bank has that was saved here before; 0 where there is none."""
+    for name in (adapter.WEIGHTS, FIRST_VERSION):
+        try:
+            return adapter.read(folder / name)[1].get("num_prompts") or 0
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+def _remove_bank(folder: Path, first: int, end: int) -> None:
+    """The adapters of prompts `first` to `end` of a bank that was saved here before; nothing else in their folders."""
+    for number in range(first, end):
+        place = folder / str(number)
+        for name in (adapter.WEIGHTS, adapter.CONFIG):
+            (place / name).unlink(missing_ok=True)
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
+def _of_first_version(folder: Path) -> Saved | None:
+    """What the first version kept in a file of its own, where it belongs to PEFT's file as that is now."""
+    if not (folder / FIRST_VERSION).is_file():
+        return None
+    weights = folder / adapter.WEIGHTS
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+    tensors, settings = adapter.read(folder / FIRST_VERSION)
+    if digest not in (settings.pop("belongs_to", None), settings.pop("replaced", None)):
+        return None
+    head = {name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
+    return Saved(tensors, head, settings.pop("config"), settings)

@@ -1,0 +1,71 @@
+"""The one table of architectures: what is known of them by their name.
+
+An architecture with a row is served without being probed, as the tests show it to be right (each row is in
+tests/zoo.py); any other is probed at its first use (probe.py), and gets no savings that need to know its insides.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+
+class Family(NamedTuple):
+    """What a row says.
+
+    - `part`: where in the last layer the rows part: behind the attention, which needs them all, and before anything is
+      added up. Post-norm encoders alone: elsewhere the residual would keep all its rows, or be broadcast.
+    - `attention`: the last layer's self-attention, where it is a BERT's: projections named query, key and value.
+    - `full_attention`: in every layer, under transformers' own mask: the same columns are seen by every row of a text.
+    - `absolute`: positions are added to the embeddings and nothing else counts distances, so the prompt need not stand
+      next to the text.
+    - `positions_from_mask`: it takes no position_ids, and does not need them, as its biases count the mask (ALiBi).
+    """
+
+    part: Callable[[Any], nn.Module] | None = None
+    attention: Callable[[Any], nn.Module] | None = None
+    full_attention: bool = False
+    absolute: bool = False
+    positions_from_mask: bool = False
+
+
+_BERT = Family(
+    part=lambda model: model.encoder.layer[-1].attention.output,
+    attention=lambda model: model.encoder.layer[-1].attention.self,
+    full_attention=True,
+    absolute=True,
+)
+_PLAIN = Family()
+
+FAMILIES = {
+    "albert": Family(full_attention=True, absolute=True),
+    "bart": _PLAIN,
+    "bert": _BERT,
+    "bloom": Family(positions_from_mask=True),
+    "camembert": _BERT,
+    "deberta-v2": Family(part=lambda model: model.encoder.layer[-1].attention.output),
+    "distilbert": Family(part=lambda model: model.transformer.layer[-1].sa_layer_norm, full_attention=True),
+    "electra": _BERT._replace(absolute=False),
+    "gemma": _PLAIN,
+    "gemma2": _PLAIN,
+    "gemma3_text": _PLAIN,
+    "gpt2": _PLAIN,
+    "llama": _PLAIN,
+    "mistral": _PLAIN,
+    "modernbert": _PLAIN,
+    "mpnet": _PLAIN,
+    "opt": _PLAIN,
+    "phi": _PLAIN,
+    "qwen2": _PLAIN,
+    "roberta": _BERT,
+    "t5": _PLAIN,
+    "xlm-roberta": _BERT,
+}
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The row of `model`'s architecture; None where there is none, or its code is not transformers' own."""
+    ours = type(model).__module__.startswith("transformers.")
+    return FAMILIES.get(model.config.model_type) if ours else None  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,159 @@
+"""What a Hugging Face model takes, and which rows of its input and output mean what."""
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..op import Batch
+from .families import family_of
+from .positions import counts_columns, max_positions, position_start
+
+__all__ = ["ModelInfo", "describe", "is_a", "unwrapped"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The facts about one model that decide what it is given; it does not hold the model."""
+
+    name: str
+    takes: frozenset[str]  # the arguments of its forward
+    position_start: int  # the position of the first real token
+    max_positions: int | None  # the longest sequence, virtual tokens included; None: any
+    counts_columns: bool  # learned positions are those of the columns, and it cannot be told others
+    pooled: str | None  # which end of a row a sequence classifier reads: "left" (encoders), "right" (decoders)
+    labels_are_rows: bool  # labels belong to whole rows, or to the decoder of an encoder-decoder, whatever their shape
+    per_token: bool  # outputs and labels are one per token
+    has_pooler: bool
+    adjacent: bool  # the prompt goes next to the text, behind padding on the left; not where a pooler reads column 0
+    cache: str | None  # what its forward calls a cache; None: it takes none
+
+    def check_room(self, length: int, n: int) -> None:
+        """ValueError where `length` virtual tokens and n tokens are more than the model has positions."""
+        most = self.max_positions
+        if most is not None and length + n > most:
+            raise ValueError(
+                f"{length} virtual tokens and {n} tokens are {length + n}, and {self.name} has {most} positions: "
+                f"tokenize with truncation=True, max_length={most - length}"
+            )
+
+    def check_per_token(self) -> None:
+        """TypeError for a model whose outputs or labels are not one per token, as those of a packed batch are."""
+        if not self.per_token:
+            raise TypeError(
+                f"{self.name} has other outputs than one per token, or is not known to: mode='packed' is for "
+                f"models named ...{', ...'.join(_PER_TOKEN)}, so take mode='prepend' (to classify whole texts, "
+                "FastPTuning has mode='packed', too)"
+            )
+
+    def positions_for(self, attention_mask: Tensor | None) -> int | None:
+        """`position_start` where the model takes position_ids and would else count padding."""
+        return None if attention_mask is None or "position_ids" not in self.takes else self.position_start
+
+    def turned(self, batch: Batch) -> Batch:
+        """The batch with its padding where the model wants it.
+
+        Raises:
+            ValueError: padding on the left for a model that counts columns.
+        """
+        mask = batch.attention_mask
+        if mask is None or mask.shape != batch.input_ids.shape:  # the op says what is wrong with it
+            return batch
+        if self.counts_columns and (mask[:, :1] == 0).any():
+            raise ValueError(
+                f"{self.name} counts padding on the left as positions, and cannot be told others: "
+                "pad on the right (tokenizer.padding_side = 'right')"
+            )
+        if self.has_pooler and self.adjacent and self.pooled is None and (mask[:, :1] == 0).any():
+            warnings.warn(
+                f"the pooler_output of {self.name} reads the first column, which padding on the left takes: "
+                "pad on the right where you use it",
+                stacklevel=5,
+            )
+        return batch if self.pooled is None else _moved_to(self.pooled, batch, mask)
+
+
+def describe(model: nn.Module) -> ModelInfo:
+    """The facts about `model`, or about the transformers model that PEFT or torch.compile put something around.
+
+    Raises:
+        TypeError: a model that cannot be served through `inputs_embeds`, with the reason.
+    """
+    if hasattr(model, "peft_config") and getattr(model, "prompt_encoder", None):
+        raise TypeError(f"this {type(model).__name__} prepends a prompt of PEFT's: give its .base_model")
+    model = unwrapped(model)
+    _refuse(model)
+    config: Any = model.config
+    pooled = _pooled_end(model)
+    has_pooler = getattr(model.base_model, "pooler", None) is not None
+    family, embedding_type = family_of(model), getattr(config, "position_embedding_type", "absolute")
+    absolute = family is not None and family.absolute and embedding_type == "absolute"
+    takes = frozenset(inspect.signature(model.forward).parameters)
+    return ModelInfo(
+        name=type(model).__name__,
+        takes=takes,
+        position_start=position_start(model),
+        max_positions=max_positions(model),
+        counts_columns=counts_columns(model),
+        pooled=pooled,
+        labels_are_rows=not is_a(model, "ForTokenClassification") and (config.is_encoder_decoder or pooled is not None),
+        per_token=is_a(model, *_PER_TOKEN) and not is_a(model, *_PER_TEXT),
+        has_pooler=has_pooler,
+        adjacent=not (has_pooler and absolute),
+        cache=next((name for name in ("cache", "past_key_values") if name in takes), None),
+    )
+
+
+_PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
+_PER_TEXT = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+_PER_TEXT += ("ForPreTraining", "DoubleHeadsModel")
+
+
+def is_a(model: nn.Module, *ends: str) -> bool:
+    """Whether the name of `model`'s class, or of a class of transformers that it comes from, ends in one of `ends`."""
+    names = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")]
+    return any(name.endswith(ends) and not name.endswith("PreTrainedModel") for name in names)
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside what torch.compile or PEFT (LoRA and the like) put around it."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _refuse(model: Any) -> None:
+    name = type(model).__name__
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+        raise TypeError(f"{name} is not a transformers model")
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise TypeError(f"the forward of {name} takes no inputs_embeds, so no prompt can be prepended")
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise TypeError(
+            f"{name} embeds its tokens anew in every layer and needs their input_ids for that; a prompt has none"
+        )
+    if model.config.is_encoder_decoder and is_a(model, "ForSequenceClassification"):
+        raise TypeError(f"{name} finds the token that it classifies in the input_ids; a prompt has none")
+
+
+def _pooled_end(model: nn.Module) -> str | None:
+    # A decoder's classifier finds the last token in the input_ids; given inputs_embeds it takes the last column.
+    kinds = [kind for kind in type(model).__mro__ if kind.__name__.endswith("ForSequenceClassification")]
+    if not kinds:
+        return None
+    codes = [inspect.unwrap(kind.forward).__code__ for kind in kinds]
+    return "right" if any("last_non_pad_token" in code.co_varnames for code in codes) else "left"
+
+
+def _moved_to(end: str, batch: Batch, attention_mask: Tensor) -> Batch:
+    """Each row's padding turned away from `end`: its outermost token stands there."""
+    mask = attention_mask != 0
+    n = mask.shape[1]
+    if n == 0:
+        return batch
+    outer = mask if end == "left" else mask.flip(1)
+    padding = outer.cumsum(1).eq(0).sum(1, keepdim=True)  # columns of it at that end
+    columns = (torch.arange(n, device=mask.device) + (padding if end == "left" else -padding)) % n
+    return Batch(*(None if value is None else value.gather(1, columns) for value in batch))

@@ -1,0 +1,58 @@
+"""Where a model's positions start, how many it has, and whether it can be told them."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["counts_columns", "max_positions", "position_start"]
+
+
+def position_start(model: nn.Module) -> int:
+    """The position of the first real token: `padding_idx + 1` for the RoBERTa family and MPNet, 0 for most others.
+
+    Read from the module, not from the config: MPNet's table starts at its own `padding_idx`, whatever the config says,
+    and Nystromformer's where a buffer of `position_ids` beside the table starts.
+    """
+    table = _table(model)
+    if table is None:
+        return 0
+    if table.padding_idx is not None:
+        return table.padding_idx + 1
+    for module in model.modules():
+        if table in module.children():
+            default = getattr(module, "position_ids", None)
+            if isinstance(default, Tensor) and default.numel() and default.device.type != "meta":
+                return int(default.flatten()[0])
+    return 0
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The longest sequence that `model`'s position table takes, prompt included; None where it has no table.
+
+    Read from the module as well: the RoBERTa family starts at `padding_idx + 1`, and OPT and BART keep an `offset`, so
+    their tables serve fewer rows than they hold.
+    """
+    table = _table(model)
+    if table is None:
+        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        # Tables that are no nn.Embedding (GPT-J, CTRL), and biases made for so many positions (MPT).
+        return getattr(config, "n_positions", None) or getattr(config, "max_seq_len", None)
+    return table.num_embeddings - max(position_start(model), getattr(table, "offset", 0))
+
+
+def counts_columns(model: nn.Module) -> bool:
+    """Whether absolute positions are those of the columns, padding counted, and nothing can be done about it (BART)."""
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        return False
+    return any(name.rpartition(".")[2] in _TABLES for name, _ in model.named_modules())
+
+
+def _table(model: nn.Module) -> Any:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+            return module
+    return None
+
+
+_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")

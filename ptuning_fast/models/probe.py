@@ -1,0 +1,157 @@
+"""The probe: what a model makes of two short texts behind a prompt, against what it makes of the same tokens as ids.
+
+It finds out what an architecture's name does not say. It leaves no trace in the model.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..op import Batch, Prompt
+
+__all__ = ["Outcome", "Served", "is_causal", "probe", "quietly", "tolerance"]
+
+
+@contextlib.contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode and nothing is differentiated; each module's own mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Served(NamedTuple):
+    """A batch as a mode serves it: the model's arguments, and where each text's outputs stand."""
+
+    inputs: dict[str, Any]
+    places: list[tuple[int, slice]]  # of each text: a row of the outputs, and columns in it
+    columns: int  # that a row of outputs has, where they are one per column
+
+
+class Outcome(NamedTuple):
+    """How far outputs are from what the same tokens give as ids, relative to the largest; None where it was refused."""
+
+    alone: float | None  # each text by itself
+    right: float | None  # both in a batch, padded on the right
+    left: float | None  # both in a batch, padded on the left
+    error: str | None  # what the first refusal said
+
+
+LENGTH, TEXTS = 3, (6, 3)  # virtual tokens, and the tokens of the two texts
+
+
+def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool = False) -> Outcome | None:
+    """What comes out where `serve` prepends three ordinary tokens, as vectors, to two short texts.
+
+    With `of_columns` the outputs per column alone are compared (a packed row has no pooled output of each text). None
+    where the model cannot be called with ids alone, or its table is no plain tensor (sharded, quantised).
+    """
+    table = model.get_input_embeddings()
+    if type(table.weight) not in (Tensor, nn.Parameter):
+        return None
+    device = table.weight.device
+    tokens = ordinary_tokens(model.config, table.weight.shape[0], LENGTH + max(TEXTS))
+    first, texts = tokens[:LENGTH], [tokens[LENGTH : LENGTH + n] for n in TEXTS]
+    errors: list[str] = []
+    with quietly(model):
+        try:
+            expected = []
+            for text in texts:
+                ids = torch.tensor([first + text], device=device)
+                out = _call(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
+                expected.append(_of_row(out, 0, slice(LENGTH, None), ids.shape[1], of_columns))
+            prompt = Prompt(table(torch.tensor(first, device=device)).float())
+        except Exception:  # whatever a model that needs more than ids does
+            return None
+
+        def off(rows: list[list[int]], side: str, truth: list[dict[str, Tensor]]) -> float | None:
+            batch = _padded(rows, side, tokens[0], device)
+            try:
+                served = serve(prompt, batch)
+                out = _call(model, served.inputs, batch.input_ids)
+            except (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError, AttributeError) as error:
+                errors.append(str(error))
+                return None
+            found = [_of_row(out, row, place, served.columns, of_columns) for row, place in served.places]
+            return off_by(found, truth)
+
+        each = [off([text], "right", [truth]) for text, truth in zip(texts, expected)]
+        alone = None if None in each else max(value for value in each if value is not None)
+        right, left = (off(texts, side, expected) for side in ("right", "left"))
+    return Outcome(alone, right, left, errors[0] if errors else None)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a token reaches later rows only: the first row's state, behind two different second tokens."""
+    with quietly(model):
+        ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)  # type: ignore
+        first = model(input_ids=ids)[0][:, 0].float()
+    return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
+
+
+def off_by(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> float:
+    """The largest difference, relative to the largest output of its name; infinite where they do not compare."""
+    worst = 0.0
+    for one, other in zip(actual, expected):
+        if one.keys() != other.keys():
+            return float("inf")
+        for name, value in one.items():
+            if value.shape != other[name].shape:
+                return float("inf")
+            if value.numel():
+                off = ((value - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-6)).item()
+                if off != off:  # NaN is as far off as can be, and compares with nothing
+                    return float("inf")
+                worst = max(worst, off)
+    return worst
+
+
+def tolerance(model: Any) -> float:
+    """What roundings may make `off_by` on a few tokens, with room for TF32."""
+    dtype = model.get_input_embeddings().weight.dtype
+    return 0.1 if dtype in (torch.float16, torch.bfloat16) else 3e-3
+
+
+def ordinary_tokens(config: Any, V: int, count: int) -> list[int]:
+    """`count` different ids that mean nothing special."""
+    special = {value for key, value in config.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
+    ordinary = [token for token in range(V - 1, -1, -1) if token not in special]
+    step = max(len(ordinary) // (2 * count), 1)
+    return (ordinary[len(ordinary) // 4 :: step] + ordinary)[:count]
+
+
+def _padded(rows: list[list[int]], side: str, padding: int, device: torch.device) -> Batch:
+    n = max(map(len, rows))
+    ids, mask = torch.full((len(rows), n), padding, device=device), torch.zeros(len(rows), n, device=device).long()
+    for row, text in enumerate(rows):
+        place = slice(0, len(text)) if side == "right" else slice(n - len(text), n)
+        ids[row, place], mask[row, place] = torch.tensor(text, device=device), 1
+    return Batch(ids, mask)
+
+
+def _call(model: Any, inputs: dict[str, Any], ids: Tensor) -> Any:
+    if model.config.is_encoder_decoder:
+        inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
+    return model(**inputs)
+
+
+def _of_row(out: Any, row: int, place: slice, columns: int, of_columns: bool) -> dict[str, Tensor]:
+    """The outputs of one row of the batch; where they are one per column, those in `place`."""
+    found = {}
+    for name, value in out.items():
+        if torch.is_tensor(value) and value.is_floating_point() and value.dim() >= 2 and row < len(value):
+            value = value[row].float()
+            per_column = value.dim() > 1 or name in ("start_logits", "end_logits")
+            if per_column and value.shape[0] == columns:
+                found[name] = value[place]
+            elif not of_columns:
+                found[name] = value
+    return found

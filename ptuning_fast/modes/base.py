@@ -1,0 +1,64 @@
+"""What a mode is: how a batch behind a prompt is laid out, and the arguments that the model then gets.
+
+    mode = MODES[name](model, info)                  checks the model, once; TypeError where it cannot be served so
+    embedded = mode.embed(model, batch, prompt)      the op, in the mode's layout
+    inputs = mode.inputs(model, embedded, prompt)    model(**inputs)
+
+A mode does not hold the model: copies and pickles of what holds a mode stay small.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.families import family_of
+from ..models.info import ModelInfo, unwrapped
+from ..models.probe import Outcome, Served, probe
+from ..op import Batch, Embedded, Layout, Prompt
+
+__all__ = ["Mode"]
+
+
+class Mode:
+    """The interface, and what the modes have in common."""
+
+    name: str
+    of_columns = False  # whether what comes out is one per column and nothing else
+
+    def __init__(self, model: nn.Module, info: ModelInfo):
+        self.info = info
+
+    def embed(self, model: nn.Module, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+        """The op over the model's embedding; `layout` has what the mode leaves open (`lengths`, `additive_mask`)."""
+        raise NotImplementedError
+
+    def inputs(self, model: nn.Module, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+        """The keyword arguments for `model(...)`."""
+        raise NotImplementedError
+
+    def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
+        """Where the outputs of each text stand, (row, columns), and how many columns a row of outputs has."""
+        raise NotImplementedError
+
+    def probe(self, model: nn.Module) -> Outcome | None:
+        """What comes out of this mode for an architecture that has no row in the table; None for one that has."""
+        inner = unwrapped(model)
+        return None if family_of(inner) is not None else self.probe_always(inner)
+
+    def probe_always(self, model: nn.Module) -> Outcome | None:
+        """The same whether it has a row or not."""
+
+        def serve(prompt: Prompt, batch: Batch) -> Served:
+            embedded = self.embed(model, batch, prompt)
+            places, columns = self.places(batch, embedded, len(prompt.vectors))
+            return Served(self.inputs(model, embedded, prompt), places, columns)
+
+        return probe(model, serve, self.of_columns)
+
+
+def places_in_rows(attention_mask: Tensor, kept: int) -> tuple[list[tuple[int, slice]], int]:
+    """The places of texts in rows that begin with `kept` columns of virtual tokens."""
+    first = (attention_mask != 0).int().argmax(1).tolist()
+    ends = [start + length for start, length in zip(first, (attention_mask != 0).sum(1).tolist())]
+    places = [(row, slice(kept + start, kept + end)) for row, (start, end) in enumerate(zip(first, ends))]
+    return places, kept + attention_mask.shape[1]

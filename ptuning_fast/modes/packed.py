@@ -1,0 +1,87 @@
+"""Mode "packed": no padding. One row of all sequences, concatenated, each with attention to itself alone."""
+
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from ..attention.interface import mask_of_packed, serve_packed
+from ..models.embedding import prepend
+from ..models.info import ModelInfo, unwrapped
+from ..models.positions import counts_columns
+from ..models.probe import tolerance
+from ..op import Batch, Embedded, Layout, Prompt
+from .base import Mode
+
+__all__ = ["Packed"]
+
+
+class Packed(Mode):
+    """One row of T = all sequences; for models whose attention goes through transformers' AttentionInterface.
+
+    The model gets the attention implementation of attention/interface.py, and keeps it. Each model is probed, known or
+    not: layers that somebody has replaced would let texts see each other.
+
+    Raises:
+        TypeError: a model that cannot be given a packed batch, with the reason.
+    """
+
+    name, of_columns = "packed", True
+
+    def __init__(self, model: nn.Module, info: ModelInfo):
+        super().__init__(model, info)
+        info.check_per_token()
+        inner = unwrapped(model)
+        _check(inner)
+        before = inner.config._attn_implementation
+        serve_packed(inner)
+        found = self.probe_always(inner)
+        if found is None:
+            return
+        worst = max((off for off in found[:3] if off is not None), default=float("inf"))
+        if found.error is None and worst <= tolerance(inner):
+            return
+        if inner.config._attn_implementation != before:
+            inner.set_attn_implementation(before)
+        reason = f"texts in one see each other, or positions differ (outputs off by {worst:.2g} of the largest)"
+        if found.error is not None:
+            reason = found.error.partition(": take mode=")[0]
+        raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
+
+    def embed(self, model: nn.Module, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+        layout = layout._replace(position_start=self.info.position_start, packed=True)
+        return prepend(model.get_input_embeddings(), batch, prompt, layout)  # type: ignore[operator]
+
+    def inputs(self, model: nn.Module, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+        inputs: dict[str, Any] = embedded.as_inputs()
+        if "position_ids" not in self.info.takes:  # distances alone count there, and the attention knows them
+            del inputs["position_ids"]
+        mask = mask_of_packed(unwrapped(model), embedded.inputs_embeds.device)
+        return inputs if mask is None else inputs | {"attention_mask": mask}
+
+    def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
+        assert embedded.cu_seq_lens is not None
+        ends = embedded.cu_seq_lens.tolist()
+        return [(0, slice(start + m, end)) for start, end in pairwise(ends)], ends[-1]
+
+
+def _check(model: Any) -> None:
+    """TypeError for a model that says of itself that it cannot be given a packed batch.
+
+    Such are models that do not go through transformers' AttentionInterface, most of them because they add a bias of
+    their own to the scores: ALiBi (Bloom), relative positions (T5, DeBERTa, MPNet).
+    """
+    name, config = type(model).__name__, model.config
+    if not getattr(model, "_supports_attention_backend", False) or config.is_encoder_decoder:
+        raise TypeError(
+            f"{name} computes its attention by itself (biases on the scores, or an encoder-decoder), so it cannot be "
+            "given a packed batch: take mode='prepend'"
+        )
+    if config.get_text_config() is not config:
+        raise TypeError(f"{name} is more than a text model, which packed batches are for: take mode='prepend'")
+    if counts_columns(model):
+        raise TypeError(f"{name} takes no position_ids, which packed batches need: take mode='prepend'")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        others = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
+        raise TypeError(f"{name} has layers of {others}, which packed batches are not served with: take mode='prepend'")

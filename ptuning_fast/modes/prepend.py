@@ -1,0 +1,60 @@
+"""Mode "prepend": the prompt in every row, [B, m + n], the layout that every model takes."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ..models.embedding import prepend
+from ..models.info import ModelInfo
+from ..models.probe import tolerance
+from ..op import Batch, Embedded, Layout, Prompt
+from .base import Mode, places_in_rows
+
+__all__ = ["Prepend"]
+
+
+class Prepend(Mode):
+    """m + n columns a row, the prompt next to the text; any model that takes `inputs_embeds`.
+
+    Raises:
+        TypeError: a model that makes something else of embeddings than of the ids that they stand for.
+    """
+
+    name = "prepend"
+
+    def __init__(self, model: nn.Module, info: ModelInfo):
+        super().__init__(model, info)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the input embedding")  # is said at the call itself
+            found = self.probe(model)
+        if found is None or found.alone is None:
+            return
+        most = tolerance(model)
+        if found.alone > most:
+            raise TypeError(
+                f"{info.name} makes something else of inputs_embeds than of the input_ids that they stand for "
+                f"(probed: outputs off by {found.alone:.2g} of the largest), so a prompt would not stand before what "
+                "it was trained on"
+            )
+        if found.right is not None and found.right > most:
+            warnings.warn(
+                f"the outputs of {info.name} depend on the padding beside a text (off by {found.right:.2g} of the "
+                "largest): give it batches of texts of one length for the outputs of each text alone",
+                stacklevel=5,
+            )
+        elif found.left is not None and found.left > most:
+            self.info = dataclasses.replace(info, counts_columns=True)
+
+    def embed(self, model: nn.Module, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+        info, mask = self.info, batch.attention_mask
+        layout = layout._replace(position_start=info.positions_for(mask), adjacent=info.adjacent)
+        return prepend(model.get_input_embeddings(), info.turned(batch), prompt, layout)  # type: ignore[operator]
+
+    def inputs(self, model: nn.Module, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+        return embedded.as_inputs()
+
+    def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
+        assert batch.attention_mask is not None
+        return places_in_rows(batch.attention_mask, m)

@@ -1,0 +1,1 @@
+"""SoftPrompt: a trainable prompt for any Hugging Face model."""

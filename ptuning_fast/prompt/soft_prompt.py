@@ -1,0 +1,244 @@
+"""SoftPrompt: a trainable prompt for any Hugging Face model."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import peft
+from ..models import describe, unwrapped
+from ..modes import Mode, mode_for
+from ..modes.flattened import as_rows
+from ..op import Batch, Layout, Prompt
+from .encoder import PromptEncoder
+from .initial import initial_prompt
+
+__all__ = ["SoftPrompt"]
+
+
+class SoftPrompt(nn.Module):
+    """Trainable virtual tokens before a model's input; the model's weights are not touched, and it is no submodule.
+
+        prompt = SoftPrompt(model, length=20)
+        out = model(**prompt(input_ids, attention_mask, labels=labels))
+        ids = model.generate(**prompt(input_ids, attention_mask), max_new_tokens=32)
+
+    The same text gives the same output alone and in a padded batch, on whichever side the padding is: the prompt stands
+    next to the text, and models that take `position_ids` get those of the text.
+
+    Args:
+        model: a transformers model that takes `inputs_embeds`. Freeze it yourself: `model.requires_grad_(False)`.
+        length: virtual tokens of the prompt, m.
+        init: what the prompt starts as: `"vocab"` (sampled token rows), `"normal"`, a text, or a tensor [m, d].
+        num_prompts: K for a bank of prompts; each row of a batch then names its own with `prompt_index`.
+        encoder: None, or the network that makes the prompt (P-tuning v1): `"mlp"` or `"lstm"`.
+        encoder_hidden_size, encoder_num_layers, encoder_dropout: of the encoder; d, 2 and 0 by default.
+        tokenizer: for `init` as a text: a tokenizer, or the name or folder of one; the model's own by default.
+
+    `prompt_embeddings` is an fp32 parameter, [m, d] or [K, m, d].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        length: int = 20,
+        *,
+        init: str | Tensor = "vocab",
+        num_prompts: int | None = None,
+        encoder: str | None = None,
+        encoder_hidden_size: int | None = None,
+        encoder_num_layers: int = 2,
+        encoder_dropout: float = 0.0,
+        tokenizer: Any = None,
+    ):
+        super().__init__()
+        if length < 0 or (num_prompts is not None and num_prompts < 1):
+            raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
+        self._info = describe(model)
+        self._modes: dict[str, Mode] = {}  # those that the model was checked for
+        self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
+        self.length, self.num_prompts = length, num_prompts
+        self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
+
+        table = model.get_input_embeddings()
+        prompts = [
+            initial_prompt(init, length, table, tokenizer or self.base_model)
+            for _ in range(1 if num_prompts is None else num_prompts)
+        ]
+        device = table.weight.device if table.weight.device.type != "meta" else None
+        prompt = prompts[0] if num_prompts is None else torch.stack(prompts)
+        self.prompt_embeddings = nn.Parameter(prompt.to(device))
+        self.encoder = None
+        if encoder is not None:
+            options = (encoder_hidden_size, encoder_num_layers, encoder_dropout)
+            self.encoder = PromptEncoder(encoder, prompt.shape[-1], *options).to(device)
+
+    def embeddings(self) -> Tensor:
+        """The prompt itself, [m, d] or [K, m, d]: the parameter, or what the encoder makes of it."""
+        return self.prompt_embeddings if self.encoder is None else self.encoder(self.prompt_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_index: Tensor | None = None,
+        mode: str = "prepend",
+        *,
+        lengths: list[int] | Tensor | None = None,
+        **flattened: Any,
+    ) -> dict[str, Any]:
+        """The keyword arguments for `model(...)` or `model.generate(...)`: those that the model's forward takes.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: [B, n] each, as a tokenizer returns them, padded on either side.
+            labels: one per token [B, n], which get -100 on the virtual tokens; anything else (classes [B], the labels
+                of an encoder-decoder) goes to the model as it is.
+            prompt_index: [B] int64 in [0, K), with `num_prompts`.
+            mode: `"prepend"`, m + n columns a row. The other two are for one forward, not for `generate`:
+                `"packed"`, no padding: one row of all sequences, concatenated, m + text rows each, and so are the
+                outputs; `cu_seq_lens_q` [B+1] says where each begins. For models with outputs per token whose
+                attention goes through transformers' AttentionInterface; the model keeps the attention implementation
+                that it gets for this, under which every other call is as before.
+                `"shared"`, for a causal model without dropout: all virtual tokens but the last run once a batch,
+                here, and the model is given them as a cache. Outputs then have one column of the prompt, and
+                `logits[:, 1:]` are those of the tokens.
+            lengths: for `"packed"`, the number of real tokens of each row where it is known on the host, as
+                `prepend_prompt` takes it.
+            flattened: what a padding-free collator (transformers' `DataCollatorWithFlattening`) gives with its
+                [1, T] `input_ids` and `labels`: `position_ids`, `cu_seq_lens_q`, ... Each sequence gets the prompt.
+
+        Returns:
+            `inputs_embeds` [B, m + n, d], `attention_mask`, and what else was given or is needed. Outputs of the model
+            have the prompt's columns too: `logits[:, m:]` are those of the tokens, column by column.
+
+        Raises:
+            ValueError: more columns than the model has positions; padding that it cannot be told of.
+            TypeError: a mode that the model cannot be served in, with the reason.
+        """
+        if (prompt_index is None) != (self.num_prompts is None):
+            raise ValueError(
+                "prompt_index chooses from the prompts of num_prompts: "
+                + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
+            )
+        if lengths is not None and mode != "packed":
+            raise ValueError(f"lengths is for mode='packed'; in mode={mode!r} no row is dropped")
+        info = self._info
+        per_token = labels is not None and not info.labels_are_rows and labels.shape == input_ids.shape
+        types = token_type_ids if "token_type_ids" in info.takes else None
+        batch = Batch(input_ids, attention_mask, types, labels if per_token else None)
+        if flattened:
+            batch, lengths = as_rows(batch, **flattened)
+        info.check_room(self.length, batch.input_ids.shape[-1])
+        served = self._mode(mode)
+        if mode == "packed" and labels is not None and not per_token:
+            raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
+        if mode == "packed" and labels is not None and self.length == 0 and not flattened:
+            raise ValueError(
+                "mode='packed' with labels needs a prompt of one virtual token at least: the end of one text would be "
+                "held to predict the first token of the next; take mode='prepend'"
+            )
+        prompt = Prompt(self.embeddings(), prompt_index)
+        embedded = served.embed(self.model, batch, prompt, Layout(lengths=lengths if mode == "packed" else None))
+        inputs = served.inputs(self.model, embedded, prompt)
+        if labels is not None and not per_token:
+            inputs["labels"] = labels
+        return inputs
+
+    def _mode(self, name: str) -> Mode:
+        if name not in self._modes:
+            self._modes[name] = mode_for(name, self.model, self._info)
+        return self._modes[name]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the prompt, and a classifier's head with it, as an adapter that `peft.PeftModel.from_pretrained` loads.
+
+        What PEFT does not know of (an encoder, a bank) is in the same file, so that training can go on from here.
+        """
+        with torch.no_grad():
+            rows = (
+                self.prompt_embeddings if self.encoder is None else self.encoder.without_dropout(self.prompt_embeddings)
+            )
+        config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
+        settings = {"num_prompts": self.num_prompts, "encoder": None if self.encoder is None else self.encoder.settings}
+        head = peft.head_of(self.model, config["task_type"])
+        peft.save(folder, peft.Saved(self.state_dict(), head, config, settings), rows)
+
+    @classmethod
+    def from_pretrained(cls, model: Any, folder: str | Path, *, any_base: bool = False) -> "SoftPrompt":
+        """The prompt that `save_pretrained` wrote, or PEFT's (PROMPT_TUNING, P_TUNING), ready to be used or trained on.
+
+        A head that was saved with it is loaded into `model`.
+
+        Args:
+            any_base: take an adapter that was trained on a model of another name.
+
+        Raises:
+            FileNotFoundError: no adapter in `folder`.
+            ValueError: an adapter of another kind, or for another model.
+        """
+        tensors, head, config, settings = peft.load(folder)
+        d = model.get_input_embeddings().weight.shape[1]
+        width = tensors["prompt_embeddings"].shape[-1]
+        if width != d:
+            raise ValueError(
+                f"the prompt in {folder} is {width} wide and the embeddings of {type(model).__name__} are {d}: "
+                f"it was trained on another model ({config.get('base_model_name_or_path')})"
+            )
+        ours, theirs = getattr(model.config, "_name_or_path", ""), config.get("base_model_name_or_path")
+        if ours and theirs and not any_base and not _same_base(str(ours), str(theirs)):
+            raise ValueError(
+                f"the prompt in {folder} was trained on {theirs}, and this is {ours}: "
+                "load that model, or say any_base=True"
+            )
+        kind = config.get("model_type", model.config.model_type)
+        if kind != model.config.model_type:
+            raise ValueError(f"the prompt in {folder} was trained on a {kind}, and this is a {model.config.model_type}")
+        _load_head(model, head, folder)
+        options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
+        kind = (settings.get("encoder") or {}).get("kind")
+        start = torch.zeros(config["num_virtual_tokens"], d)
+        rng = torch.random.get_rng_state()
+        prompt = cls(model, len(start), init=start, num_prompts=settings.get("num_prompts"), encoder=kind, **options)
+        torch.random.set_rng_state(rng)
+        for name, parameter in prompt.named_parameters():
+            if name in tensors:
+                parameter.data = parameter.data.to(tensors[name].dtype)
+        prompt.load_state_dict(tensors)
+        return prompt
+
+    def extra_repr(self) -> str:
+        prompts = "" if self.num_prompts is None else f", num_prompts={self.num_prompts}"
+        return f"length={self.length}{prompts}, model={type(self.model).__name__}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A prompt for the same model, or, copied as part of something that holds both, for the model's copy.
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        rest = {key: value for key, value in self.__dict__.items() if key != "model"}
+        copied.__dict__.update(copy.deepcopy(rest, memo), model=memo.get(id(self.model), self.model))
+        return copied
+
+
+def _same_base(ours: str, theirs: str) -> bool:
+    """Whether two names may be of one model: hub ids as they are; a folder, which may have moved, by its own name."""
+    hub_ids = all(name.count("/") == 1 and not Path(name).exists() for name in (ours, theirs))
+    return ours == theirs if hub_ids else Path(ours).name == Path(theirs).name
+
+
+def _load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> None:
+    """Copy the saved parameters of a task head into the model, all or none."""
+    model = unwrapped(model)
+    own = model.state_dict()
+    for name, tensor in head.items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = f"has {list(own[name].shape)}" if name in own else "has none"
+            raise ValueError(
+                f"the adapter in {folder} holds {name} {list(tensor.shape)}, and {type(model).__name__} {found}: "
+                "load the model with the class and the num_labels that it was trained with"
+            )
+    with torch.no_grad():
+        for name, tensor in head.items():
+            own[name].copy_(tensor)

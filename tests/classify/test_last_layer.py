@@ -1,0 +1,92 @@
+"""What is not computed in the last layer, and that nothing else changes."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from savings import PRUNABLE, assert_same, base, build, logits_and_gradients
+
+from ptuning_fast import FastPTuning
+from ptuning_fast.classify import last_layer
+from ptuning_fast.classify.last_layer import prunable
+
+pytestmark = pytest.mark.usefixtures("torch_backend", "no_dropout")
+
+
+@pytest.mark.parametrize("pooling", ["first", "cls", "last"])
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_pruned(name, pooling):
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    pruned, plain = build(name, prune=True, pooling=pooling), build(name, pooling=pooling)
+    assert pruned.prune and not plain.prune
+    assert_same(logits_and_gradients(pruned, ids, mask), logits_and_gradients(plain, ids, mask))
+    rows = []
+    last = pruned.bert.register_forward_hook(lambda module, args, out: rows.append(out.last_hidden_state.shape[1]))
+    pruned(ids, mask)
+    assert rows == [1]
+    last.remove()
+
+
+def test_what_is_not_recognised_runs_in_full():
+    for name in set(zoo.ZOO) - set(PRUNABLE) - {"T5", "BART"}:
+        assert not prunable(base(name))
+    assert not build("ALBERT", prune=True).prune
+    assert not build("BERT", prune=True, pooling="mean").prune
+
+
+def test_a_changed_architecture_is_not_pruned():
+    """The probe finds out what the name does not say: here a layer that mixes the rows behind the attention."""
+    model = base("BERT")
+    assert prunable(model)
+    model.encoder.layer[-1].output.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+    assert not prunable(model)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+def test_dropout_of_the_pooled_row(monkeypatch, mode):
+    """Whatever dropout makes of the weights, values are summed up with that, their bias included."""
+    functions = SimpleNamespace(linear=F.linear, dropout=lambda weights, p: weights * (1 + p))
+    monkeypatch.setattr(last_layer, "F", functions)
+    model = zoo.build("BERT", attention_probs_dropout_prob=0.25).train()
+    for dropout in (one for one in model.modules() if isinstance(one, torch.nn.Dropout)):
+        dropout.p = 0.0
+    last = model.encoder.layer[-1].attention.self
+    last.dropout.p = 0.25
+    torch.nn.init.normal_(last.value.bias)
+    doubled = copy.deepcopy(model)
+    doubled.encoder.layer[-1].attention.self.dropout.p = 0.0
+    for one in (
+        doubled.encoder.layer[-1].attention.self.value.weight,
+        doubled.encoder.layer[-1].attention.self.value.bias,
+    ):
+        one.mul_(1.25)
+    prompt = torch.randn(zoo.M, zoo.D)
+    fast, expected = (FastPTuning(one, zoo.M, 3, init=prompt, mode=mode, prune=True) for one in (model, doubled))
+    expected.load_state_dict(
+        {key: value for key, value in fast.state_dict().items() if "bert." not in key}, strict=False
+    )
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert_same([fast(ids, mask)], [expected(ids, mask)])
+
+
+@pytest.mark.parametrize("how", ["hook", "lora", "forward"])
+def test_attention_that_is_more_than_its_weights(how):
+    """Then its own forward is called, keys and values and all."""
+    plain = build("BERT", mode="packed", prune=False)
+    changed = build("BERT", mode="packed")
+    value = changed.bert.encoder.layer[-1].attention.self.value, plain.bert.encoder.layer[-1].attention.self.value
+    for one in value:
+        if how == "hook":
+            one.register_forward_hook(lambda module, args, out: out * 2)
+        elif how == "forward":
+            one.forward = lambda x, one=one: F.linear(x, one.weight * 2, one.bias)
+        else:
+            one.__class__ = type(
+                "LoraLinear", (torch.nn.Linear,), {"forward": lambda self, x: F.linear(x, self.weight) * 2}
+            )
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert changed.prune
+    assert_same([changed(ids, mask)], [plain(ids, mask)])

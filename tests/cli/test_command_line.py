@@ -1,0 +1,308 @@
+"""`python -m ptuning_fast`: training on real files, predicting, and one line for whatever cannot be used."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from ptuning_fast import FastPTuning
+from ptuning_fast.cli import tables, train
+from ptuning_fast.cli.docstrings import PACKAGES, stdlib_docstrings
+from ptuning_fast.cli.main import main
+from ptuning_fast.files import adapter
+from ptuning_fast.op import functional
+
+
+@pytest.fixture(autouse=True)
+def torch_backend(monkeypatch):
+    """The command line as users without a GPU run it: Triton's interpreter would take minutes."""
+    monkeypatch.setattr(functional, "kernels", None)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Short docstrings of two packages, 30 each."""
+    texts, labels = stdlib_docstrings()
+    short = [(text, label) for text, label in zip(texts, labels) if len(text) < 80 and label in ("asyncio", "xml")]
+    return [row for label in ("asyncio", "xml") for row in [r for r in short if r[1] == label][:30]]
+
+
+def write(path, rows, names=("text", "label")):
+    """A CSV, JSON lines or Parquet file of these rows."""
+    records = [dict(zip(names, row)) for row in rows]
+    if path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return str(path)
+
+
+def test_the_embedded_text():
+    texts, labels = stdlib_docstrings()
+    assert 1500 < len(texts) == len(labels) < 3000
+    assert set(labels) == set(PACKAGES)
+    assert min(labels.count(package) for package in PACKAGES) > 100
+    assert stdlib_docstrings() == (texts, labels)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch, suffix):
+    file = write(tmp_path / f"train{suffix}", rows, ("review", "stars"))
+    folder = tmp_path / "new/adapter"
+    columns = ["--text-column", "review", "--label-column", "stars"]
+    options = ["--prompt-length", "4", "--epochs", "3", "--batch-size", "8", "--output", str(folder), *columns]
+    assert main(["train", "--train-file", file, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "48 texts to train on, 12 held out, 2 labels; 0 texts cut to 128 tokens" in printed
+    assert "held-out accuracy" in printed and "0.500" in printed
+    assert "the torch.cat reference" in printed
+    assert f"adapter saved in {folder}" in printed
+    accuracy = float(printed.split("held-out accuracy ")[1].split(";")[0])
+    assert accuracy > 0.5, "it has learned nothing"
+
+    model = FastPTuning.from_pretrained(folder, minilm)
+    texts = [row[0] for row in rows[::7]]
+    batch = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = [model.id2label[number] for number in model(**batch).argmax(-1).tolist()]
+    test_file = write(tmp_path / f"test{suffix}", [(text,) for text in texts], ("review",))
+    assert main(["predict", "--adapter", str(folder), "--file", test_file, "--text-column", "review"]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    lines = "\ufeff" + "".join(f"{' '.join(text.split())}\r\n" for text in texts)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["predict", "--adapter", str(folder), "--scores", "--output", str(tmp_path / "labels.tsv")]) == 0
+    lines = [line.split("\t") for line in (tmp_path / "labels.tsv").read_text().splitlines()]
+    assert [label for label, _ in lines] == expected
+    assert all(0.5 <= float(score) <= 1 for _, score in lines)
+
+
+@pytest.mark.parametrize("mode", ["packed", "prepend"])
+def test_half_precision(rows, tmp_path, capsys, monkeypatch, mode):
+    monkeypatch.setattr(train, "_compare_speed", partial(train._compare_speed, steps=1))
+    options = ["--precision", "bf16", "--mode", mode, "--epochs", "1", "--batch-size", "4", "--prompt-length", "2"]
+    file, folder = write(tmp_path / "train.csv", rows[::6]), str(tmp_path / "a")
+    assert main(["train", "--train-file", file, "--output", folder, "--max-length", "8", *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"mode {mode!r}, both in bf16)" in printed and "adapter saved in" in printed
+
+
+def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_compare_speed", lambda model, trainer: None)
+    long = [*rows[:10], ("word " * 700, "xml"), *rows[-10:]]
+    file = write(tmp_path / "train.csv", long)
+    options = ["--epochs", "0.1", "--max-length", "999", "--prompt-length", "8", "--batch-size", "2"]
+    assert main(["train", "--train-file", file, "--output", str(tmp_path / "a"), *options]) == 0
+    assert "1 texts cut to 504 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--train-file", "{tmp}/missing.csv"], "missing.csv: there is no such file"),
+        (["--train-file", "{tmp}/rows.csv", "--text-column", "body"], "no column 'body'; it has 'text', 'label'"),
+        (["--train-file", "{tmp}/rows.csv", "--label-column", "stars"], "no column 'stars'"),
+        (["--train-file", "{tmp}/rows.txt"], "must end in one of .csv"),
+        (["--train-file", "{tmp}/nothing.csv"], "nothing.csv is empty"),
+        (["--train-file", "{tmp}/header.csv"], "header.csv has no rows"),
+        (["--train-file", "{tmp}/one.csv"], "one label only, 'xml'"),
+        (["--train-file", "{tmp}/broken.jsonl"], "cannot read"),
+        (["--train-file", "{tmp}/null.jsonl"], "row 2 has no value in column 'label'"),
+        (["--train-file", "{tmp}/nested.jsonl"], "row 1 of column 'text' holds a list"),
+        (["--train-file", "{tmp}/not.parquet"], "cannot read"),
+        (["--train-file", "{tmp}/two.csv"], "too few texts"),
+        (["--train-file", "{tmp}/rows.csv", "--eval-file", "{tmp}/other.csv"], "label 'email' is held out"),
+        (["--train-file", "{tmp}/rows.csv", "--model", "{tmp}/nowhere"], "cannot load the model"),
+        (["--train-file", "{tmp}/rows.csv", "--prompt-length", "600"], "leaves no room for text"),
+        (["--train-file", "{tmp}/rows.csv", "--init", " "], "has no tokens"),
+        (["--output", "{tmp}/rows.txt/adapter"], "cannot write to the folder"),
+        (["--train-file", "{tmp}/rows.csv", "--label-column", "text"], "cannot both be in the column 'text'"),
+        (["--train-file", "{tmp}/twice.csv"], "has 2 columns 'text'"),
+        (["--train-file", "{tmp}/blank.csv"], "row 1 is empty in column 'label'"),
+        (["--train-file", "{tmp}/bytes.parquet"], "row 1 of column 'text' holds a bytes"),
+        (["--train-file", "{tmp}/nan.parquet"], "row 2 has no value in column 'label'"),
+        (["--train-file", "{tmp}/latin.jsonl"], "it is not UTF-8 (byte 11)"),
+        (["--train-file", "{tmp}/half.jsonl"], "holds half a character"),
+        (["--train-file", "{tmp}/deep.jsonl"], "line 1 is no JSON"),
+        (["--train-file", "{tmp}/times.parquet"], "cannot read"),
+        (["--train-file", "{tmp}/rows.csv", "--max-length", "2"], "leave no room beside the 2 that the tokenizer adds"),
+        (["--train-file", "{tmp}/rows.csv", "--prompt-length", "510"], "leave no room beside the 2"),
+        (["--train-file", "{tmp}/rows.csv", "--learning-rate", "1e30"], "training diverged, and nothing was saved"),
+    ],
+)
+def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, message):
+    write(tmp_path / "rows.csv", rows)
+    write(tmp_path / "one.csv", [row for row in rows if row[1] == "xml"])
+    write(tmp_path / "two.csv", [rows[0], rows[-1]])
+    write(tmp_path / "other.csv", [("text", "email")])
+    write(tmp_path / "header.csv", [])
+    (tmp_path / "rows.txt").write_text("text")
+    (tmp_path / "nothing.csv").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label"\n')
+    (tmp_path / "null.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n')
+    (tmp_path / "nested.jsonl").write_text('{"text": ["a"], "label": "b"}\n')
+    (tmp_path / "not.parquet").write_text("this is no Parquet file")
+    (tmp_path / "twice.csv").write_text("text,text,label\na,b,c\n")
+    (tmp_path / "blank.csv").write_text("text,label\na,\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a\xe9", "label": "b"}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800", "label": "b"}\n')
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    odd = {"text": pyarrow.array([1, 2], pyarrow.duration("ns")), "label": ["b", "c"]}
+    pyarrow.parquet.write_table(pyarrow.table(odd), tmp_path / "times.parquet")
+    write(tmp_path / "bytes.parquet", [(b"a", "b")])
+    write(tmp_path / "nan.parquet", [("a", 1.0), ("b", float("nan"))])
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text("the old one")
+    options = [option.format(tmp=tmp_path) for option in change]
+    if "--output" not in options:
+        options += ["--output", str(adapter)]
+    assert main(["train", *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: ")
+    assert message in printed.err.splitlines()[-1]
+    assert "Traceback" not in printed.err
+    assert (adapter / "adapter_model.safetensors").read_text() == "the old one"
+    assert len(list(adapter.iterdir())) == 1
+
+
+def test_values_stay_as_they_are_written(tmp_path):
+    """Labels that look like numbers or dates, in each format; lines end where other programs end them."""
+    rows = [
+        ("2024-01-01T05:00:00+02:00", "007"),
+        ("1.10", "NA"),
+        ("a\u2028b\x85c\x0cd", "2024-01-01"),
+        ("x" * 2**21, "1"),
+    ]
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        texts, labels = tables.read_labelled(write(tmp_path / f"rows{suffix}", rows), "text", "label")
+        assert list(zip(texts, labels)) == rows
+    (tmp_path / "numbers.jsonl").write_text('{"text": 12345678901234567890, "label": 1.10}\n')
+    assert tables.read_labelled(str(tmp_path / "numbers.jsonl"), "text", "label") == (
+        ["12345678901234567890"],
+        ["1.10"],
+    )
+    assert tables.lines_of("\ufeffa\u2028b\r\n\nc\rd\x0ce\n".encode(), "it") == ["a\u2028b", "", "c", "d\x0ce"]
+    assert tables.lines_of(b"", "it") == []
+    with pytest.raises(tables.InputError, match="standard input: it is not UTF-8"):
+        tables.lines_of(b"caf\351\n", "standard input")
+    for name in ("rows.tsv", "rows.csv.gz"):
+        with pytest.raises(tables.InputError, match=r"must end in one of .*\.txt"):
+            tables.read_texts(str(tmp_path / name), "text")
+
+
+def test_predict_without_an_adapter(tmp_path, capsys):
+    assert main(["predict", "--adapter", str(tmp_path)]) == 2
+    assert "no adapter in" in capsys.readouterr().err
+
+
+def test_damaged_adapters(minilm, tmp_path, capsys, monkeypatch):
+    """Whatever a file holds, predict says in one line what is wrong with it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a text\n")))
+    tensors = {"prompt_embeddings": torch.zeros(4, 384), "classifier.weight": torch.zeros(2, 384)}
+    tensors |= {"classifier.bias": torch.zeros(2)}
+    whole = {"base_model_name_or_path": minilm, "prompt_length": 4, "num_labels": 2, "pooling": "mean"}
+    whole |= {"mode": "packed"}
+    for change in (
+        {"prompt_length": "4"},
+        {"prompt_length": 1.5},
+        {"prompt_length": 10**9},
+        {"prompt_length": 3},
+        {"num_labels": None},
+        {"num_labels": 3},
+        {"max_length": "x"},
+        {"max_length": -3},
+        {"pooling": "max"},
+        {"id2label": "x"},
+        {"id2label": {"x": "y"}},
+    ):
+        adapter.save(tmp_path, tensors, whole | change)
+        assert main(["predict", "--adapter", str(tmp_path)]) == 2, change
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: "), change
+    for settings in ([], "text", None, 3):
+        adapter.save(tmp_path, tensors, settings)
+        assert main(["predict", "--adapter", str(tmp_path)]) == 2, settings
+        assert "is damaged: its settings are a" in capsys.readouterr().err
+    adapter.save(tmp_path, tensors | {"prompt_embeddings": torch.full((4, 384), float("nan"))}, whole)
+    assert main(["predict", "--adapter", str(tmp_path)]) == 2
+    assert "prompt_embeddings holds what is no finite number" in capsys.readouterr().err
+    adapter.save(tmp_path, tensors, whole)
+    if os.path.exists("/dev/full"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a text\n")))
+        assert main(["predict", "--adapter", str(tmp_path), "--output", "/dev/full"]) == 2
+        assert "cannot write /dev/full" in capsys.readouterr().err
+
+
+def test_interrupted(monkeypatch, tmp_path, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupt)
+    assert main(["train", "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was saved\n"
+
+
+@pytest.mark.parametrize(
+    "options", [["--epochs", "0"], ["--batch-size", "0"], ["--mode", "x"], ["--learning-rate", "nan"]]
+)
+def test_bad_options(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *options])
+    assert stop.value.code == 2
+    assert "error: argument" in capsys.readouterr().err
+
+
+def test_as_a_program(tmp_path):
+    """The module runs, and a mistake is one line and exit status 2 there too."""
+    command = [sys.executable, "-m", "ptuning_fast", "train", "--train-file", "missing.csv"]
+    run = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.strip() == "error: missing.csv: there is no such file"
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """Folder of a small Llama with a tokenizer of its own, which has no padding token, as decoders' often have none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("decoder")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(stdlib_docstrings()[0], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(vocab_size=500, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_decoder(rows, decoder, tmp_path, capsys, monkeypatch):
+    """Trained and used like an encoder; its last token is what is classified."""
+    file, adapter = write(tmp_path / "rows.csv", rows), str(tmp_path / "adapter")
+    assert main(["train", "--train-file", file, "--model", decoder, "--output", adapter]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out accuracy" in printed
+    model = FastPTuning.from_pretrained(adapter)
+    assert model.pooling == "last"
+    assert type(model.bert).__name__ == "LlamaModel"
+    texts = "\n".join(text.replace("\n", " ") for text, _ in rows[:5])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts.encode())))
+    assert main(["predict", "--adapter", adapter]) == 0
+    assert set(capsys.readouterr().out.split()) <= {"asyncio", "xml"}
+    assert main(["train", "--train-file", file, "--model", decoder, "--output", adapter, "--pooling", "first"]) == 2
+    assert "take 'last' or 'mean'" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""Input embeddings that the fused op must not read: they are called, with a warning that says why."""
+
+import warnings
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from ptuning_fast import SoftPrompt
+from ptuning_fast.models.embedding import unreadable
+
+
+def assert_called(model, prompt, reason):
+    """The output is that of each text by hand, and one warning names the reason."""
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    with pytest.warns(UserWarning, match=f"is called, not read by the fused kernel: .*{reason}") as caught:
+        inputs = prompt(ids, mask, labels=ids)
+    assert len([one for one in caught if "fused kernel" in str(one.message)]) == 1
+    out = zoo.rows_out(model, {key: value for key, value in inputs.items() if key != "labels"})
+    for row, text in enumerate(zoo.texts()):
+        alone = zoo.by_hand(model, prompt.prompt_embeddings, text)
+        assert (zoo.real_rows(model, out, inputs, row) - alone).abs().max() <= zoo.TOLERANCE
+    assert torch.equal(inputs["labels"][:, zoo.M :][mask == 1], ids[mask == 1])
+    inputs["inputs_embeds"].sum().backward()
+    assert torch.allclose(prompt.prompt_embeddings.grad, torch.full((zoo.M, zoo.D), 4.0))
+
+
+def test_plain_embeddings_are_read():
+    for name in ("BERT", "Llama", "Gemma 3", "BART"):
+        assert unreadable(zoo.build(name).get_input_embeddings()) is None
+        prompt = SoftPrompt(zoo.build(name), zoo.M)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*(fused kernel|gathered).*")
+            prompt(*zoo.padded(zoo.texts(), "right"))
+
+
+def test_forward_hook():
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
+    assert_called(model, prompt, "hooks")
+
+
+def test_max_norm():
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    model.get_input_embeddings().max_norm = 0.5
+    assert_called(model, prompt, "max_norm=0.5")
+
+
+def test_trainable_table():
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    assert_called(model, prompt, "requires grad")
+    assert model.get_input_embeddings().weight.grad is not None  # of the tokens: it is being trained, too
+
+
+def test_lora():
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    settings = peft.LoraConfig(target_modules=["embed_tokens"], r=2, init_lora_weights=False)
+    peft.inject_adapter_in_model(settings, model)
+    assert_called(model, prompt, "not a plain nn.Embedding")
+
+
+class Quantised(nn.Module):
+    """An embedding in 8 bits with a scale a row, as quantisation libraries put one in the place of the table."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = table.weight.shape
+        scale = table.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (table.weight / scale).round().to(torch.int8))
+
+    def forward(self, ids):
+        return self.weight[ids] * self.scale[ids]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_quantised(when):
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    model.set_input_embeddings(Quantised(model.get_input_embeddings()))
+    if when == "before":
+        prompt = SoftPrompt(model, zoo.M)
+        seen = model.get_input_embeddings()(torch.arange(zoo.V))
+        assert all((seen == row).all(1).any() for row in prompt.prompt_embeddings)
+    assert_called(model, prompt, "not a plain nn.Embedding")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_offloaded(when):
+    """accelerate keeps the weights elsewhere: on the meta device until a hook brings them in."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.get_input_embeddings().weight.device.type == "meta"
+    if when == "before":
+        prompt = SoftPrompt(model, zoo.M)
+    assert prompt.prompt_embeddings.device.type == "cpu"
+    assert_called(model, prompt, "hooks")
+
+
+def test_meta_weights():
+    """Never materialised: refused by the embedding itself, before anything wrong comes out."""
+    model = zoo.build("Llama").to("meta")
+    with pytest.warns(UserWarning, match="not on this device"), pytest.raises((RuntimeError, NotImplementedError)):
+        SoftPrompt(model, zoo.M, init=torch.zeros(zoo.M, zoo.D))(torch.zeros(1, 3, dtype=torch.int64)).popitem()[
+            1
+        ].sum().item()
+
+
+def sharded(rank, world_size, folder, with_a_group_of_its_own):
+    """One process of FSDP2: the table is a DTensor, of which each process has half."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        plain = zoo.build("Llama")
+        start = torch.randn(zoo.M, zoo.D, generator=torch.Generator().manual_seed(8))
+        ids, mask = zoo.padded(zoo.texts(), "left")
+        expected = plain(**SoftPrompt(plain, zoo.M, init=start)(ids, mask)).logits
+
+        model = zoo.build("Llama")
+        if with_a_group_of_its_own:
+            fully_shard(model.get_input_embeddings())
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert isinstance(model.get_input_embeddings().weight, DTensor)
+        prompt = SoftPrompt(model, zoo.M, init=start)
+        with pytest.warns(UserWarning, match="is sharded: its table is gathered"):
+            inputs = prompt(ids, mask)
+        assert type(inputs["inputs_embeds"]) is torch.Tensor
+        out = model(**inputs).logits
+        assert (out - expected)[mask.new_ones(out.shape[:2]).bool()].abs().max() <= zoo.TOLERANCE
+        out.square().mean().backward()
+        assert prompt.prompt_embeddings.grad.abs().max() > 0
+
+        model.get_input_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
+        assert "hooks" in unreadable(model.get_input_embeddings())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("with_a_group_of_its_own", [True, False], ids=["own group", "root's group"])
+def test_sharded_table(tmp_path, with_a_group_of_its_own):
+    """Two real processes."""
+    pytest.importorskip("torch.distributed.fsdp")
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed package")
+    torch.multiprocessing.spawn(sharded, args=(2, str(tmp_path), with_a_group_of_its_own), nprocs=2)
+
+
+def test_hooks_on_every_module():
+    model = zoo.build("Llama")
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 2 if module is model.get_input_embeddings() else None
+    )
+    try:
+        assert_called(model, SoftPrompt(model, zoo.M), "hooks on every module")
+    finally:
+        handle.remove()
+
+
+def test_a_class_that_is_only_named_like_a_scaled_one():
+    class TheirScaledWordEmbedding(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 3
+
+    model = zoo.build("Llama")
+    model.get_input_embeddings().__class__ = TheirScaledWordEmbedding
+    assert_called(model, SoftPrompt(model, zoo.M), "not a plain nn.Embedding")

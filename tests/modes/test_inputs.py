@@ -1,0 +1,163 @@
+"""Models that the zoo does not cover are tried out; what cannot be served right is refused or warned of."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+import zoo
+
+from ptuning_fast import SoftPrompt
+
+SMALL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+
+
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
+
+def build(config, kind, **settings):
+    torch.manual_seed(0)
+    return getattr(hf, kind)(getattr(hf, config)(**SMALL | settings)).eval().requires_grad_(False)
+
+
+def same(actual, expected):
+    return (actual - expected).abs().max() <= 10 * zoo.TOLERANCE * expected.abs().max()
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+MARIAN = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+MARIAN |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.3}
+
+
+def test_positions_that_start_elsewhere():
+    """Nystromformer's buffer of positions starts at 2, with no padding_idx to say so."""
+    model = build("NystromformerConfig", "NystromformerModel", **BERT, num_landmarks=64, segment_means_seq_len=64)
+    prompt = SoftPrompt(model, 3)
+    assert prompt._info.position_start == 2
+    ids = torch.arange(3, 11)[None]
+    inputs = SoftPrompt(model, 0)(ids, torch.ones_like(ids))
+    assert same(model(**inputs).last_hidden_state, model(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "settings"),
+    [
+        ("MarianConfig", "MarianMTModel", MARIAN | {"scale_embedding": True, "decoder_start_token_id": 0}),
+        ("EsmConfig", "EsmModel", BERT | {"token_dropout": True, "mask_token_id": 5, "max_position_embeddings": 64}),
+    ],
+)
+def test_embeddings_that_are_not_what_their_ids_become(config, kind, settings):
+    model = build(config, kind, **settings)
+    ids = torch.arange(6, 12)[None]
+    with pytest.raises(TypeError, match=r"makes something else of inputs_embeds than of the input_ids"):
+        SoftPrompt(model, 3)(ids, torch.ones_like(ids))
+
+
+def test_columns_that_are_counted():
+    """M2M100's sinusoids are no nn.Embedding, and it cannot be told positions either."""
+    model = build("M2M100Config", "M2M100ForConditionalGeneration", **MARIAN, decoder_start_token_id=2)
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    with pytest.raises(ValueError, match=r"pad on the right"):
+        SoftPrompt(model, 3)(ids, mask)
+    SoftPrompt(model, 3)(*zoo.padded(zoo.texts(), "right"))
+
+
+def test_padding_that_leaks():
+    """ConvBERT's convolutions run over the padding, with or without a prompt: said once, when it is tried out."""
+    model = build("ConvBertConfig", "ConvBertModel", **BERT, embedding_size=32, conv_kernel_size=3, num_groups=1)
+    prompt = SoftPrompt(model, 3)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with pytest.warns(UserWarning, match=r"ConvBertModel depend on the padding beside a text"):
+        prompt(ids, mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompt(ids, mask)
+
+
+def test_other_architectures_are_served():
+    """Tried out and found right; the model is left as it was, module by module."""
+    sizes = BERT | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    model = build("Qwen3Config", "Qwen3ForCausalLM", **sizes).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    prompt, rows = SoftPrompt(model, zoo.M), zoo.texts()
+    for mode in ("prepend", "packed", "shared"):
+        for side in ("left", "right"):
+            ids, mask = zoo.padded(rows, side)
+            loss = model(**prompt(ids, mask, labels=ids.masked_fill(mask == 0, -100), mode=mode)).loss
+            expected = model(**prompt(ids, mask, labels=ids.masked_fill(mask == 0, -100))).loss
+            assert same(loss, expected), (mode, side)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "XLM-R", "ALBERT"])
+def test_poolers(name):
+    """What reads the first column finds the prompt there, on whichever side the padding is."""
+    model, rows = zoo.build(name), zoo.texts()
+    prompt = SoftPrompt(model, zoo.M)
+    expected = [model(**prompt(text[None], torch.ones(1, len(text)))).pooler_output[0] for text in rows]
+    for side in ("left", "right"):
+        out = model(**prompt(*zoo.padded(rows, side)))
+        for one, other in zip(out.pooler_output, expected):
+            assert (one - other).abs().max() <= zoo.TOLERANCE
+    with pytest.warns(UserWarning, match="pooler_output of MPNetModel reads the first column"):
+        SoftPrompt(zoo.build("MPNet"), zoo.M)(*zoo.padded(rows, "left"))
+
+
+def test_classes_of_other_names():
+    """A user's subclass is what it comes from."""
+    rows = zoo.texts()
+    for name, kind, side in (("Llama", "LlamaFor", "right"), ("BERT", "BertFor", "left")):
+        theirs = getattr(hf, kind + "SequenceClassification")
+        model = zoo.build(name, kind + "SequenceClassification", num_labels=3)
+        model.__class__ = type("Reward", (theirs,), {})
+        prompt = SoftPrompt(model, zoo.M)
+        logits = model(**prompt(*zoo.padded(rows, side))).logits
+        for row, text in zip(logits, rows):
+            assert (row - model(**prompt(text[None], torch.ones(1, len(text)))).logits[0]).abs().max() <= zoo.TOLERANCE
+        with pytest.raises(TypeError, match="other outputs than one per token"):
+            prompt(*zoo.padded(rows, side), mode="packed")
+
+
+def test_shared_inputs_are_for_one_forward():
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    inputs = prompt(ids, mask, mode="shared")
+    model(**inputs)
+    with pytest.raises(ValueError, match="are for one forward"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="for generate take mode='prepend'"):
+        model.generate(**prompt(ids, mask, mode="shared"), max_new_tokens=2)
+
+
+def test_models_that_cannot_share():
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(TypeError, match="rotary positions of LlamaForCausalLM depend on the length"):
+        SoftPrompt(zoo.build("Llama", rope_parameters=rope), 3)(ids, mask, mode="shared")
+    falcon = build("FalconConfig", "FalconForSequenceClassification", **BERT, num_labels=3, alibi=True)
+    with pytest.raises((TypeError, ValueError), match=r"mode='prepend'"):
+        SoftPrompt(falcon, 3)(*zoo.padded(zoo.texts(), "right"), mode="shared")
+    with pytest.raises(TypeError, match="mode='prepend'"):
+        SoftPrompt(build("MambaConfig", "MambaForCausalLM", hidden_size=32, num_hidden_layers=2, state_size=4), 3)(
+            ids, mask, mode="shared"
+        )
+    neo = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    with pytest.raises(ValueError, match="pad on the right"):
+        SoftPrompt(build("GPTNeoConfig", "GPTNeoForCausalLM", **neo, window_size=4), 3)(ids, mask, mode="shared")
+
+
+def test_a_prompt_before_a_prompt():
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(TypeError, match="prepends a prompt of PEFT's"):
+        SoftPrompt(peft.get_peft_model(zoo.build("Llama"), settings), 3)
+
+
+def test_embeddings_that_return_more_than_rows():
+    from transformers import IBertConfig, IBertModel
+
+    sizes = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(TypeError, match="QuantEmbedding, returns more than its rows"):
+        SoftPrompt(IBertModel(IBertConfig(**sizes, intermediate_size=32)), 2)
