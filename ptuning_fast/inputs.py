@@ -14,7 +14,7 @@ from . import embedding
 from .packable import check_packable
 from .packing import serve_packed
 from .serving import Serving, unwrapped
-from .shared import cached_rows, check_shareable, left_padding_shifts
+from .shared import cache_name, cached_rows, check_shareable, left_padding_shifts
 from .trial import is_known, off_by, outputs_alone_and_padded, tolerance
 
 __all__ = ["MODES", "check", "model_inputs"]
@@ -57,7 +57,7 @@ def model_inputs(
         table, **tokens, prompt=prompt, prompt_index=prompt_index, adjacent=serving.adjacent, position_start=start
     )
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs[cache_name(serving.takes)] = cache
         if "attention_mask" in inputs:
             mask = inputs["attention_mask"]
             inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), cached), mask], 1)
@@ -90,8 +90,8 @@ def check(mode: str, model: nn.Module, serving: Serving) -> None:
         serve_packed(inner)
     if mode == "shared":
         check_shareable(inner)
-        if "past_key_values" not in serving.takes:
-            raise TypeError(f"the forward of {serving.name} takes no past_key_values: take mode='prepend'")
+        if cache_name(serving.takes) is None:
+            raise TypeError(f"the forward of {serving.name} takes no cache: take mode='prepend'")
         serving.shifted_by_padding = left_padding_shifts(inner, serving.takes)
     if not is_known(inner) and mode != "packed":
         _try_out(mode, inner, serving)

@@ -101,7 +101,7 @@ def _begin(model, args, kwargs):
         _end_interrupted(model)
     if kwargs.get("cu_seq_lens_q") is None or "packed" in kwargs:
         return None
-    if kwargs.get("past_key_values") is not None:
+    if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
         raise ValueError("a packed batch is for one forward, without a cache: for generate take mode='prepend'")
     refuse_checkpointing(model)
     packed = _Packed(model)

@@ -5,12 +5,19 @@ the last run once, at batch 1, into a cache; keys and values are expanded over t
 tokens, since it is what predicts their first.
 """
 
+import inspect
+
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .serving import is_a, is_causal
 
-__all__ = ["cached_rows", "check_shareable", "left_padding_shifts"]
+__all__ = ["cache_name", "cached_rows", "check_shareable", "left_padding_shifts"]
+
+
+def cache_name(takes: frozenset[str]) -> str | None:
+    """What a forward that takes these arguments calls the cache; None where it takes none."""
+    return next((name for name in ("cache", "past_key_values") if name in takes), None)
 
 
 def check_shareable(model: nn.Module) -> None:
@@ -85,7 +92,8 @@ def cached_rows(model: nn.Module, rows: Tensor, batch_size: int, prompt_index: T
     bank = rows if rows.dim() == 3 else rows[None]
     cache = _OneForward(model.config.get_text_config())
     bank = bank.to(model.get_input_embeddings().weight.dtype)
-    model.base_model(inputs_embeds=bank, past_key_values=cache, use_cache=True)
+    name = cache_name(frozenset(inspect.signature(model.base_model.forward).parameters)) or "past_key_values"
+    model.base_model(inputs_embeds=bank, use_cache=True, **{name: cache})
     if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):
         raise TypeError(f"{type(model).__name__} keeps no keys and values of every layer: take mode='prepend'")
     for layer in cache.layers:
