@@ -17,6 +17,7 @@ NAMES = [
     "BERT",
     "RoBERTa",
     "XLM-R",
+    "CamemBERT",
     "DistilBERT",
     "ELECTRA",
     "ALBERT",
