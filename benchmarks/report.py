@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "ptuning-fast"
-PACKED_AND_PRUNED = f"{OURS}, packed and pruned"
+AUTOCAST = "torch.cat, bf16 autocast"
 COMMANDS = {"cpu": "pytest benchmarks/ --benchmark-json=RESULT.json", "cuda": "benchmarks/gpu_run.sh OUT"}
 
 
@@ -127,8 +127,8 @@ def _times_as_fast(info, plain):
 
 # What the README shows: the first four of these that a result has.
 RATIOS = {
-    PACKED_AND_PRUNED: "packed and pruned, fp32",
-    f"{OURS}, packed, pruned, bf16 weights": "packed and pruned, frozen weights in bf16 (torch.cat in fp32)",
+    f"{OURS}, packed and pruned": "packed and pruned, fp32",
+    f"{OURS}, packed, pruned, bf16 weights": "packed and pruned, frozen weights in bf16 (`torch.cat` in fp32)",
     f"{OURS}, shared": "shared",
     "host cost": "host time of an eager call of the op",
     f"{OURS}, packed": "packed, fp32",
@@ -138,18 +138,26 @@ RATIOS = {
 
 def ratios(infos):
     """Up to four rows: [mode, case, how many times as fast as torch.cat, or how many times as long on the host]."""
-    rows = []
+    rows, steps = [], _with_plain(infos)
     for name, words in RATIOS.items():
         if name == "host cost":
             host = next((info for info in infos if info["benchmark"] == "host cost"), None)
             if host is not None:
-                where = "a GPU" if host["device"] == "GPU" else "a stub GPU driver"
+                where = "a GPU" if host["device"] == "GPU" else "a stub GPU driver, torch.cat on the CPU"
                 case = host["cases"][0]
-                rows.append([words, f"{case['case']}, on {where}", f"{_spread(case['of_torch_cat'])} times the time"])
+                times = f"{_spread(case['of_torch_cat'])} times the time"
+                rows.append(
+                    [words, f"{case['case']}, on {where}", f"{times}; {case['of_dispatch'][1]:.2f} of its dispatch"]
+                )
             continue
-        for info, plain in _with_plain(infos):
+        for info, plain in steps:
             if info["implementation"] == name:
-                rows.append([words, _case(info), f"{_spread(_times_as_fast(info, plain))} times as fast"])
+                times = f"{_spread(_times_as_fast(info, plain))} times as fast"
+                same = next((one for one, of in steps if of is plain and one["implementation"] == AUTOCAST), None)
+                if "bf16" in name and same:
+                    ratio = same["times_fast"][1] / info["times_fast"][1]
+                    times += f"; {ratio:.2f} times as fast as its bf16 autocast"
+                rows.append([words, _case(info), times])
                 break
     return rows[:4]
 
@@ -224,8 +232,10 @@ def short(result):
     command = COMMANDS["cuda" if machine["gpu"] else "cpu"]
     lines = ["| mode | case | beside `torch.cat` |", "| --- | --- | --- |"]
     lines += ["| " + " | ".join(row) + " |" for row in ratios(infos)]
-    lines += ["", f"Training steps, median (quartiles), on {_where(machine)}, torch {machine['versions']['torch']},"]
-    lines += [f"at commit {_commit(result)}, by `{command}`.", ""]
+    lines += ["", f"Median (quartiles) on {_where(machine)} with torch {machine['versions']['torch']}, at commit"]
+    lines += [f"{_commit(result)}, by `{command}`.", ""]
+    if not is_current(result):
+        lines[-2] += " The code has changed since."
     return "\n".join(lines)
 
 
@@ -314,6 +324,7 @@ def _step_bars(steps, title, path):
         panel.axvline(1, color="black", linewidth=0.8, linestyle="--")
         panel.set_yticks(range(len(bars)), names, fontsize=8)
         panel.set_ylim(len(bars) - 0.4, -0.6)
+        panel.margins(x=0.08)
         panel.set_title(case, fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1][0].set_xlabel("times as fast as torch.cat (dashed line: torch.cat = 1); median, quartiles", fontsize=9)

@@ -1,4 +1,4 @@
-"""The benchmarks' report, and that the README's figures are what it made of the results that are kept."""
+"""The benchmarks' report, and that the pages' figures are what it made of the results that are kept."""
 
 import copy
 import json
@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +28,24 @@ def result():
     return json.loads(RESULTS[0].read_text(encoding="utf-8"))
 
 
-def test_the_readme_shows_what_the_report_makes_of_the_results(report):
+def test_the_pages_show_what_the_report_makes_of_the_results(report):
     """Made by `report.py --publish`, not typed; and where the code has changed since, it says so."""
-    blocks = dict(re.findall(r"<!-- figures: (.*?) -->\n(.*?)<!-- end of figures -->", README, re.DOTALL))
-    assert sorted(blocks) == sorted(file.stem for file in RESULTS)
+    for page in ("README.md", "docs/benchmarks.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        blocks = dict(re.findall(r"<!-- (?:ratios|figures): (.*?) -->\n(.*?)<!-- end of", text, re.DOTALL))
+        assert sorted(blocks) == sorted(file.stem for file in RESULTS)
+        for file in RESULTS:
+            _, expected = report.pages(json.loads(file.read_text(encoding="utf-8")), file.stem)[page]
+            assert blocks[file.stem] == expected, (
+                f"run: python benchmarks/report.py benchmarks/results/{file.name} --publish {file.stem}"
+            )
+
+
+def test_what_is_kept_beside_a_result(report):
     for file in RESULTS:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        assert blocks[file.stem] == report.markdown(kept, f"benchmarks/results/{file.stem}"), (
-            f"run: python benchmarks/report.py benchmarks/results/{file.name} --publish {file.stem}"
-        )
         assert file.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(kept, file.stem, True)
-        for chart in report.CHARTS:
+        for chart in report.charts([benchmark["extra_info"] for benchmark in kept["benchmarks"]]):
             assert (file.parent / f"{file.stem}-{chart}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -53,11 +59,14 @@ def test_results_name_their_commit_and_no_computer():
 
 
 def test_changed_code_is_said(report, result):
-    result["code"]["sha256"] = report.digest(result["code"]["files"])
-    assert "has changed since" not in report.markdown(result, "x")
-    result["code"]["sha256"] = "0" * 64
+    result["code"] = report.code("cpu")
+    assert result["code"]["files"]
+    assert "has changed since" not in report.markdown(result, "x") + report.short(result)
     commit = result["commit_info"]["id"][:10]
-    assert f"The code has changed since: these figures belong to commit {commit}." in report.markdown(result, "x")
+    for other in ({"sha256": "0" * 64}, {"files": ["ptuning_fast/gone.py"]}):
+        changed = result | {"code": result["code"] | other}
+        assert f"The code has changed since: these figures belong to commit {commit}." in report.markdown(changed, "x")
+        assert "The code has changed since." in report.short(changed)
 
 
 def test_ratios(report):
@@ -82,7 +91,7 @@ def test_ratios(report):
     assert row["torch.cat"] == "1.50 (1.10 to 1.90)"
     assert row["PEFT"] == "0.20 (0.10 to 0.30)"
     assert row["noise"] == "0.98 to 1.02"
-    assert row["share of a copy"] == "0.90 (0.80 to 1.00)"
+    assert row["fraction of memcpy bandwidth"] == "0.90 (0.80 to 1.00)"
     assert row["memory"] == "0.50 of torch.cat's"
     assert row["results"] == "all equal"
     row = dict(zip(head, two))
@@ -100,10 +109,10 @@ def test_steps(report):
     assert title == "Training step, e"
     assert dict(zip(head, plain))["times as fast as torch.cat"] == "1"
     assert dict(zip(head, other))["times as fast as torch.cat"] == "2.00 (1.50 to 3.00)"
-    assert "in all" not in head
+    assert "overall" not in head
     cases = case("torch.cat", [2, 3, 4]) | {"times_fast_in_all": 3.3}, case("x", [1, 1, 1]) | {"times_fast_in_all": 1.1}
     ((_, (head, _, other)),) = report.tables(cases)
-    assert dict(zip(head, other))["in all"] == "3.00"
+    assert dict(zip(head, other))["overall"] == "3.00"
 
 
 def test_host_cost(report):
@@ -116,6 +125,46 @@ def test_host_cost(report):
     assert row["of torch.cat's"] == "0.20 (0.10 to 0.30)"
     assert row["of its dispatch alone (d = 8)"] == "0.50 (0.40 to 0.60)"
     assert parts[0] == "of which, us: checks 1.2"
+
+
+def test_four_ratios(report):
+    """The first four that a result has, in the order of report.RATIOS, each beside torch.cat of the same shape."""
+
+    def case(name, shape, *ratio):
+        info = {"benchmark": "training step", "implementation": name, "shape": shape, "sizes": {"B": 8, "m": 10}}
+        return info | {"times_fast": ratio}
+
+    infos = [
+        case("torch.cat", "x, m=10", 2, 2, 2),
+        case("ptuning-fast, prepend", "x, m=10", 2, 2, 2),
+        case("ptuning-fast, shared", "x, m=10", 1, 1, 1),
+        case("torch.cat", "y", 3, 3, 3),
+        case("ptuning-fast, packed and pruned", "y", 0.75, 1, 1.5),
+        case("ptuning-fast, packed", "y", 1.5, 1.5, 1.5),
+        case("ptuning-fast, packed", "no torch.cat", 1, 1, 1),
+    ]
+    first, second, third, fourth = report.ratios(infos)
+    assert first == ["packed and pruned, fp32", "y, B=8, m=10", "3.00 (2.00 to 4.00) times as fast"]
+    assert second == ["shared", "x, m=10, B=8", "2.00 (2.00 to 2.00) times as fast"]
+    assert (third[0], fourth[0]) == ("packed, fp32", "prepend, fp32")
+    host = {"benchmark": "host cost", "device": "stub"}
+    host["cases"] = [{"case": "forward", "of_torch_cat": [0.8, 0.84, 0.9], "of_dispatch": [0.9, 0.95, 1]}]
+    rows = report.ratios([*infos, host])
+    assert len(rows) == 4
+    assert rows[2][2] == "0.84 (0.80 to 0.90) times the time; 0.95 of its dispatch"
+    half = [
+        case("torch.cat, bf16 autocast", "y", 2, 2, 2),
+        case("ptuning-fast, packed, pruned, bf16 weights", "y", 1, 1, 1),
+    ]
+    rows = report.ratios([*infos, *half])
+    assert rows[1][2] == "3.00 (3.00 to 3.00) times as fast; 2.00 times as fast as its bf16 autocast"
+
+
+def test_pages_without_marks_are_refused(report):
+    page = "a\n<!-- ratios: x -->\nold\n<!-- end of ratios -->\nb\n"
+    assert report.page_with(page, "ratios", "x", "new\n") == page.replace("old", "new")
+    with pytest.raises(SystemExit, match="no marks for y"):
+        report.page_with(page, "ratios", "y", "new\n")
 
 
 def test_parts_of_one_run(report, result):
@@ -145,16 +194,27 @@ def test_gpu_times_are_sums_from_mark_to_mark():
 
 
 def test_command(tmp_path, result):
-    """Markdown and charts beside any result, one case alone included."""
+    """Markdown and charts beside any result, one case alone included; a chart without cases is left out."""
     pytest.importorskip("matplotlib", reason="the charts need matplotlib: pip install 'ptuning-fast[bench]'")
-    stage = [one for one in result["benchmarks"] if one["extra_info"]["benchmark"] == "stage"]
-    result["benchmarks"] = copy.deepcopy(stage[:1])
-    (tmp_path / "mine.json").write_text(json.dumps(result), encoding="utf-8")
-    command = [sys.executable, ROOT / "benchmarks/report.py", tmp_path / "mine.json"]
-    subprocess.run(command, check=True, capture_output=True)
-    assert "| shape (B, n, m, d) |" in (tmp_path / "mine.md").read_text(encoding="utf-8")
-    for chart in ("speedup", "limit"):
-        assert (tmp_path / f"mine-{chart}.png").read_bytes().startswith(b"\x89PNG")
+
+    def drawn(name, some):
+        part = result | {"benchmarks": copy.deepcopy(some)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+        command = [sys.executable, ROOT / "benchmarks/report.py", tmp_path / f"{name}.json"]
+        subprocess.run(command, check=True, capture_output=True)
+        charts = sorted(tmp_path.glob(f"{name}-*.png"))
+        assert all(chart.read_bytes().startswith(b"\x89PNG") for chart in charts)
+        text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+        assert re.findall(r"\((.*?png)\)", text) == [chart.name for chart in charts][::-1]
+        return text, [chart.stem.partition("-")[2] for chart in charts]
+
+    def of(benchmark):
+        return [one for one in result["benchmarks"] if one["extra_info"]["benchmark"] == benchmark]
+
+    text, charts = drawn("stage", of("stage")[:1])
+    assert "| shape (B, n, m, d) |" in text
+    assert charts == ["limit", "speedup"]
+    assert drawn("steps", of("training step")[:2])[1] == ["steps"]
 
 
 def test_uncommitted_figures_are_not_published(tmp_path, result):

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import IN_FRONT, place_prompts, place_sequences
+from .layout import PREPENDED, place_prompts, place_sequences
 from .metadata_rows import write_metadata
 from .rounding import round_to
 from .runtime import Launcher
@@ -225,7 +225,7 @@ def forward(batch, weight, prompt, layout):
     S = m + n
     device = input_ids.device
 
-    place, cu_seq_lens, max_length, shape, T = IN_FRONT, None, None, (B, S), B * S
+    place, cu_seq_lens, max_length, shape, T = PREPENDED, None, None, (B, S), B * S
     if packed:
         max_length = S if B else 0
         if attention_mask is None:

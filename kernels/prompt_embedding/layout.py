@@ -29,7 +29,7 @@ class Placement(NamedTuple):
     totals: Tensor | None = None  # [2] int64: packed rows, and those of the longest sequence, where these are checked
 
 
-IN_FRONT = Placement()  # the prompt stands in front of every row, and every row is there
+PREPENDED = Placement()  # the prompt stands at column 0 of every row, and every row is there
 
 
 @triton.jit

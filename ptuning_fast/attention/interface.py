@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .by_length import groups_of
 from .varlen import varlen_attention
 
 __all__ = ["mask_of_packed", "serve_packed"]
@@ -25,13 +26,13 @@ __all__ = ["mask_of_packed", "serve_packed"]
 OURS = "ptuning_fast_"
 
 
-def serve_packed(model: nn.Module) -> None:
+def serve_packed(model: Any) -> None:
     """From now on, calls of `model` with `cu_seq_lens_q` compute packed attention; others as before.
 
     Raises:
         TypeError: an implementation that neither knows of sequences nor is one of the two that ours stand over.
     """
-    config: Any = model.config
+    config = model.config
     before = config._attn_implementation
     if before.startswith(OURS) or "flash_attention" in before:
         return
@@ -41,14 +42,14 @@ def serve_packed(model: nn.Module) -> None:
             "with: take mode='prepend', or load it with attn_implementation='sdpa'"
         )
     _register()
-    model.set_attn_implementation(OURS + before)  # type: ignore[operator]
+    model.set_attn_implementation(OURS + before)
     if config._attn_implementation != OURS + before:
         raise TypeError(f"{type(model).__name__} keeps its attention implementation: take mode='prepend'")
 
 
-def mask_of_packed(model: nn.Module, device: torch.device) -> Tensor | None:
+def mask_of_packed(model: Any, device: torch.device) -> Tensor | None:
     """What to give as `attention_mask` with a packed batch: a model makes none from a 4-D mask, and ours reads none."""
-    ours = model.config._attn_implementation.startswith(OURS)  # type: ignore[union-attr]
+    ours = model.config._attn_implementation.startswith(OURS)
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device) if ours else None
 
 
@@ -62,8 +63,9 @@ def _register() -> None:
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable:
-    if base == "eager":  # each model's file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
+    if base == "eager":  # each model's file has its own, and a subclass from elsewhere its parent's
+        files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+        return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward
@@ -97,7 +99,9 @@ def _attention(
         "softcap": kwargs.pop("softcap", None),
         "dropout": kwargs.pop("dropout", 0.0),
     }
-    max_length = kwargs.pop("max_length_q")
+    max_length = kwargs.pop("max_length_q", None)
+    if max_length is None:
+        max_length = max((n for _, n in groups_of(cu_seq_lens_q)), default=0)
     unknown = [name for name, value in kwargs.items() if not (name in _HARMLESS or value is None or value is False)]
     if unknown:
         raise TypeError(
@@ -108,5 +112,5 @@ def _attention(
         options["causal"] = getattr(module, "is_causal", True)
     if base == "sdpa":  # it knows no softcap: older transformers leave it out there, newer take another
         options["softcap"] = None
-    rows = (one[0].transpose(0, 1) for one in (query, key, value))
-    return varlen_attention(*rows, cu_seq_lens_q, max_length, **options)[None], None
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    return varlen_attention(query, key, value, cu_seq_lens_q, max_length, **options)[None], None

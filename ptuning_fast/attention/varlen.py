@@ -145,13 +145,11 @@ def jagged(
     """torch's jagged nested tensors through its fused attention."""
     key, value = (_for_each_head(one, query) for one in (key, value))
     ends = cu_seq_lens.long()
-    nested = [
-        torch.nested.nested_tensor_from_jagged(one, ends, min_seqlen=1, max_seqlen=max_length)
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(one, ends, min_seqlen=1, max_seqlen=max_length).transpose(1, 2)
         for one in (query, key, value)
-    ]
-    out = F.scaled_dot_product_attention(
-        *(one.transpose(1, 2) for one in nested), dropout_p=dropout, is_causal=causal, scale=scale
     )
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
     return out.transpose(1, 2).values()
 
 

@@ -1,4 +1,4 @@
-"""FastPTuning: the drop-in for the torch.cat module, a frozen model with a prompt in front and a linear head."""
+"""FastPTuning: the drop-in for the torch.cat module, a frozen model behind a prompt, and a linear head."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +33,7 @@ class _AsReference(Mode):
 
     name = "prepend"
 
-    def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+    def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         return prepend(model.get_input_embeddings(), batch, prompt, layout)
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
@@ -103,15 +103,11 @@ class FastPTuning(nn.Module):
             raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
         if precision is not None and precision not in DTYPES:
             raise ValueError(f"precision must be None, {' or '.join(map(repr, DTYPES))}; it is {precision!r}")
-        if mode == "packed" and prompt_length == 0:
-            raise ValueError(
-                "mode='packed' needs a prompt of one row at least: a text without tokens would have no row"
-            )
         if id2label is not None and sorted(map(int, id2label)) != list(range(num_labels)):
             raise ValueError(f"id2label must name the labels 0 to {num_labels - 1}; it has {sorted(id2label)}")
         if not isinstance(model_name, (str, Path, PreTrainedModel)):
             raise TypeError(f"model_name must be a name, a folder or a loaded encoder, not {type(model_name).__name__}")
-        self.bert = model_name if isinstance(model_name, nn.Module) else AutoModel.from_pretrained(model_name)
+        self.bert: Any = model_name if isinstance(model_name, nn.Module) else AutoModel.from_pretrained(model_name)
         if self.bert.base_model is not self.bert:
             raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
         if self.bert.config.is_encoder_decoder:
@@ -126,9 +122,13 @@ class FastPTuning(nn.Module):
             )
         in_front = mode == "prepend" and as_reference
         self._served = _AsReference(self.bert, info) if in_front else mode_for(mode, self.bert, info)
-        prune = (mode == "packed") if prune is None else prune
+        if self._served.packed and prompt_length == 0:
+            raise ValueError(
+                "mode='packed' needs a prompt of one row at least: a text without tokens would have no row"
+            )
+        prune = self._served.packed if prune is None else prune
         self.prune = bool(prune) and pooling != "mean" and prunable(self.bert)
-        self.additive_mask = additive_mask and mode == "prepend" and _takes_additive_mask(self.bert)
+        self.additive_mask = additive_mask and not self._served.packed and _takes_additive_mask(self.bert)
         self.precision = precision
         self.bert.requires_grad_(False)
         if precision is not None:
@@ -136,9 +136,11 @@ class FastPTuning(nn.Module):
         self.prompt_length, self.num_labels = prompt_length, num_labels
         self.pooling, self.mode = pooling, mode
         self.id2label = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
-        self.base_model = _base_model(self.bert.config._name_or_path if model_name is self.bert else model_name)
+        self.base_model = _base_model(
+            self.bert.config._name_or_path if isinstance(model_name, nn.Module) else model_name
+        )
 
-        table = self.bert.get_input_embeddings()
+        table: Any = self.bert.get_input_embeddings()
         prompt = initial_prompt(init, prompt_length, table, self.base_model)
         self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
         width = getattr(self.bert.config, "word_embed_proj_dim", self.bert.config.hidden_size)  # the former: OPT's
@@ -180,10 +182,11 @@ class FastPTuning(nn.Module):
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)
         order = None
-        if self.mode == "packed" and attention_mask is not None:
+        if self._served.packed and attention_mask is not None:
             # Sequences of one length side by side share one attention call.
             order = (attention_mask != 0).sum(1).argsort()
-            batch = Batch(*(None if value is None else value[order] for value in given))
+            ids, *rest = given
+            batch = Batch(ids[order], *(None if value is None else value[order] for value in rest))
         try:
             embedded = self._embed(batch)
         except IndexError:
@@ -285,7 +288,7 @@ class FastPTuning(nn.Module):
         if not name and model_name is None:
             raise ValueError(f"the adapter in {folder} does not name its encoder, which had no name: give model_name")
         trained_on = name or "an encoder without a name"
-        wanted = {key: settings.get(key) for key in classifier_files.SETTINGS if key != "max_length"}
+        wanted: dict[str, Any] = {key: settings.get(key) for key in classifier_files.SETTINGS if key != "max_length"}
         model = model_name if model_name is not None else name
         rng = torch.random.get_rng_state()
         model = cls(model, **wanted)

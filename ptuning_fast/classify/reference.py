@@ -1,7 +1,9 @@
 """The module that FastPTuning replaces, written as it usually is: the opponent in tests and benchmarks."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["ReferencePTuning"]
 
@@ -11,14 +13,14 @@ class ReferencePTuning(nn.Module):
 
     Args:
         model_name: a hub id or a folder for `AutoModel.from_pretrained`, or a loaded encoder.
-        prompt_length: rows of the prompt, m.
+        prompt_length: virtual tokens, m.
         num_labels: classes.
 
     `forward(input_ids, attention_mask)`, both [B, n], returns logits [B, num_labels], read from the first row of the
     last hidden state.
     """
 
-    def __init__(self, model_name="bert-base-uncased", prompt_length=10, num_labels=2):
+    def __init__(self, model_name: Any = "bert-base-uncased", prompt_length: int = 10, num_labels: int = 2):
         from transformers import AutoModel
 
         super().__init__()
@@ -30,7 +32,7 @@ class ReferencePTuning(nn.Module):
         self.prompt_embeddings = nn.Parameter(torch.randn(prompt_length, hidden_size))
         self.classifier = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         batch_size = input_ids.shape[0]
         tokens = self.bert.embeddings.word_embeddings(input_ids)
         prompt = self.prompt_embeddings.unsqueeze(0).expand(batch_size, -1, -1)

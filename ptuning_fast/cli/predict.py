@@ -1,7 +1,9 @@
 """`python -m ptuning_fast predict`: read texts, write labels."""
 
 import sys
-from contextlib import nullcontext
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TextIO
 
 import torch
 
@@ -13,7 +15,7 @@ from .tables import InputError, lines_of, read_texts
 __all__ = ["run"]
 
 
-def run(options) -> None:
+def run(options: Namespace) -> None:
     """One label a line, in the order of the texts; with `--scores` its probability behind a tab."""
     try:
         name = options.model or adapter.load(options.adapter)[1].get("base_model_name_or_path", "")
@@ -40,7 +42,7 @@ def run(options) -> None:
         raise InputError(f"cannot write {options.output or 'the labels'}: {error.strerror or error}") from None
 
 
-def _output(path):
+def _output(path: str | None) -> AbstractContextManager[TextIO]:
     if not path:
         return nullcontext(sys.stdout)
     try:
@@ -50,7 +52,7 @@ def _output(path):
 
 
 @torch.no_grad()
-def predict(model, tokenizer, texts):
+def predict(model: FastPTuning, tokenizer: Any, texts: list[str]) -> list[tuple[str, float]]:
     """[(label, probability)] for a batch of texts, those that are too long cut to `model.max_length` tokens."""
     cut = {"truncation": True, "max_length": model.max_length} if model.max_length else {}
     batch = tokenizer(texts, padding=True, return_tensors="pt", **cut).to(model.prompt_embeddings.device)

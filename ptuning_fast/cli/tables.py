@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
@@ -79,7 +79,7 @@ def _frame(path: str, suffix: str) -> "pandas.DataFrame":
         # pandas would rename columns that come twice, so their names are read as a row. Its default engine makes empty
         # texts of missing fields; the other reads with Python's csv, which refuses long texts unless told.
         csv.field_size_limit(2**31 - 1)
-        exact = {"header": None, "dtype": object, "na_filter": False, "skip_blank_lines": False}
+        exact: dict[str, Any] = {"header": None, "dtype": object, "na_filter": False, "skip_blank_lines": False}
         frame = pandas.read_csv(path, engine="python", encoding="utf-8-sig", **exact).dropna(how="all")
         short = frame.isna().any(axis=1)
         if short.any():

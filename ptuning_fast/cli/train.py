@@ -3,11 +3,14 @@
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from contextlib import nullcontext
 from random import Random
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..classify.classifier import FastPTuning
 from ..classify.precision import DTYPES
@@ -22,8 +25,11 @@ from .tables import InputError, read_labelled
 
 __all__ = ["run"]
 
+Labelled = tuple[list[str], list[str]]  # texts and their labels
+Row = dict[str, Any]  # a tokenised text, as the collator takes it
 
-def run(options) -> None:
+
+def run(options: Namespace) -> None:
     """Train with the options of the command line and print what came out."""
     try:
         import accelerate  # noqa: F401
@@ -35,9 +41,9 @@ def run(options) -> None:
         adapter.check_writable(options.output)
     except OSError as error:
         raise InputError(f"cannot write to the folder {options.output}: {error.strerror or error}") from None
-    train, held_out = _data(options)
-    names = sorted(set(train[1]))
-    _check_labels(train, held_out, names)
+    parts = _data(options)
+    names = sorted(set(parts[0][1]))
+    _check_labels(*parts, names)
 
     set_seed(options.seed)
     encoder, tokenizer = load_encoder(options.model or DEMO)
@@ -58,14 +64,15 @@ def run(options) -> None:
         raise InputError(f"cannot set the prompt up: {(str(error).splitlines() or ['no memory'])[0]}") from None
     if not options.model:
         model.base_model = DEMO
-    model.max_length = min(options.max_length, model.max_length or options.max_length)
+    max_length: int = min(options.max_length, model.max_length or options.max_length)
+    model.max_length = max_length
 
     table_rows = len(encoder.get_input_embeddings().weight)
-    train, held_out = (_tokenize(part, tokenizer, model.max_length, names, table_rows) for part in (train, held_out))
+    train, held_out = (_tokenize(part, tokenizer, max_length, names, table_rows) for part in parts)
     cut = sum(row["cut"] for row in train + held_out)
     print(
         f"{len(train)} texts to train on, {len(held_out)} held out, {len(names)} labels; "
-        f"{cut} texts cut to {model.max_length} tokens"
+        f"{cut} texts cut to {max_length} tokens"
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trainable:,} trained parameters before a frozen {type(encoder).__name__} ({model.base_model})", flush=True)
@@ -85,11 +92,11 @@ def run(options) -> None:
     print(f"adapter saved in {options.output}")
 
 
-def _pooling(encoder):
+def _pooling(encoder: Any) -> str:
     return "last" if not encoder.config.is_encoder_decoder and is_causal(encoder) else "mean"
 
 
-def _mode(encoder, options):
+def _mode(encoder: Any, options: Namespace) -> str:
     if options.mode != "auto":
         return options.mode
     try:
@@ -99,7 +106,7 @@ def _mode(encoder, options):
     return "packed" if options.prompt_length else "prepend"
 
 
-def _data(options):
+def _data(options: Namespace) -> tuple[Labelled, Labelled]:
     """((texts, labels), (texts, labels)): to train on, and held out."""
     columns = options.text_column, options.label_column
     if options.text_column == options.label_column:
@@ -111,18 +118,23 @@ def _data(options):
     if options.eval_file:
         return (texts, labels), read_labelled(options.eval_file, *columns)
     # A fifth of each label's texts, one at least where there are two.
-    places = {}
+    places: dict[str, list[int]] = {}
     for place, label in enumerate(labels):
         places.setdefault(label, []).append(place)
-    random, held_out = Random(options.seed), set()
+    random = Random(options.seed)
+    held_out: set[int] = set()
     for label in sorted(places):
         random.shuffle(places[label])
         held_out.update(places[label][: max(len(places[label]) // 5, len(places[label]) > 1)])
-    parts = ([p for p in range(len(texts)) if (p in held_out) == held] for held in (False, True))
-    return tuple(([texts[p] for p in part], [labels[p] for p in part]) for part in parts)
+
+    def part(held: bool) -> Labelled:
+        chosen = [place for place in range(len(texts)) if (place in held_out) == held]
+        return [texts[place] for place in chosen], [labels[place] for place in chosen]
+
+    return part(False), part(True)
 
 
-def _check_labels(train, held_out, names):
+def _check_labels(train: Labelled, held_out: Labelled, names: list[str]) -> None:
     if len(names) < 2:
         raise InputError(f"there is one label only, {names[0]!r}: a classifier needs two or more")
     if not held_out[0]:
@@ -132,7 +144,7 @@ def _check_labels(train, held_out, names):
         raise InputError(f"the label {unknown[0]!r} is held out and is not among those trained on ({', '.join(names)})")
 
 
-def _tokenize(part, tokenizer, max_length, names, table_rows):
+def _tokenize(part: Labelled, tokenizer: Any, max_length: int, names: list[str], table_rows: int) -> list[Row]:
     """Rows for the collator; `cut` says that a text was longer than the model takes."""
     texts, labels = part
     special = tokenizer.num_special_tokens_to_add()
@@ -156,7 +168,7 @@ def _tokenize(part, tokenizer, max_length, names, table_rows):
     ]
 
 
-def _fit(model, tokenizer, train, held_out, options):
+def _fit(model: FastPTuning, tokenizer: Any, train: list[Row], held_out: list[Row], options: Namespace) -> Any:
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,13 +190,17 @@ def _fit(model, tokenizer, train, held_out, options):
             train_dataset=train,
             eval_dataset=held_out,
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda result: {"accuracy": (result.predictions.argmax(-1) == result.label_ids).mean()},
+            compute_metrics=_accuracy,
         )
         trainer.train()
     return trainer
 
 
-def _compare_speed(model, trainer, steps=5):
+def _accuracy(result: Any) -> dict[str, float]:
+    return {"accuracy": (result.predictions.argmax(-1) == result.label_ids).mean()}
+
+
+def _compare_speed(model: FastPTuning, trainer: Any, steps: int = 5) -> None:
     """Training steps of this model and of the torch.cat reference, in turn, on the same batches, for some seconds."""
     encoder = model.bert
     table = getattr(getattr(encoder, "embeddings", None), "word_embeddings", None)
@@ -193,7 +209,8 @@ def _compare_speed(model, trainer, steps=5):
         return
     device = next(encoder.parameters()).device
     # Its linear layers are in half precision already: what autocast makes of them, without the casts.
-    autocast = torch.autocast(device.type, DTYPES.get(model.precision), enabled=model.precision is not None)
+    dtype = None if model.precision is None else DTYPES[model.precision]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     precision = "" if model.precision is None else f", both in {model.precision}"
     reference = ReferencePTuning(encoder, model.prompt_length, model.num_labels).to(device).train()
     model.train()
@@ -203,7 +220,7 @@ def _compare_speed(model, trainer, steps=5):
         if len(batches) == steps:
             break
 
-    def step(module, batch):
+    def step(module: nn.Module, batch: dict[str, Tensor]) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()

@@ -65,7 +65,7 @@ FAMILIES = {
 }
 
 
-def family_of(model: nn.Module) -> Family | None:
+def family_of(model: Any) -> Family | None:
     """The row of `model`'s architecture; None where there is none, or its code is not transformers' own."""
     ours = type(model).__module__.startswith("transformers.")
-    return FAMILIES.get(model.config.model_type) if ours else None  # type: ignore[union-attr, arg-type]
+    return FAMILIES.get(model.config.model_type) if ours else None

@@ -108,8 +108,8 @@ def describe(model: nn.Module) -> ModelInfo:
 
 
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
-_PER_TEXT = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
-_PER_TEXT += ("ForPreTraining", "DoubleHeadsModel")
+_PER_TEXT: tuple[str, ...] = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
+_PER_TEXT += ("ForNextSentencePrediction", "ForPreTraining", "DoubleHeadsModel")
 
 
 def is_a(model: nn.Module, *ends: str) -> bool:
@@ -140,7 +140,7 @@ def _refuse(model: Any) -> None:
 
 def _pooled_end(model: nn.Module) -> str | None:
     # A decoder's classifier finds the last token in the input_ids; given inputs_embeds it takes the last column.
-    kinds = [kind for kind in type(model).__mro__ if kind.__name__.endswith("ForSequenceClassification")]
+    kinds: list[Any] = [kind for kind in type(model).__mro__ if kind.__name__.endswith("ForSequenceClassification")]
     if not kinds:
         return None
     codes = [inspect.unwrap(kind.forward).__code__ for kind in kinds]
@@ -156,4 +156,5 @@ def _moved_to(end: str, batch: Batch, attention_mask: Tensor) -> Batch:
     outer = mask if end == "left" else mask.flip(1)
     padding = outer.cumsum(1).eq(0).sum(1, keepdim=True)  # columns of it at that end
     columns = (torch.arange(n, device=mask.device) + (padding if end == "left" else -padding)) % n
-    return Batch(*(None if value is None else value.gather(1, columns) for value in batch))
+    input_ids, *rest = batch
+    return Batch(input_ids.gather(1, columns), *(None if value is None else value.gather(1, columns) for value in rest))

@@ -27,7 +27,7 @@ def position_start(model: nn.Module) -> int:
     return 0
 
 
-def max_positions(model: nn.Module) -> int | None:
+def max_positions(model: Any) -> int | None:
     """The longest sequence that `model`'s position table takes, prompt included; None where it has no table.
 
     Read from the module as well: the RoBERTa family starts at `padding_idx + 1`, and OPT and BART keep an `offset`, so
@@ -35,7 +35,7 @@ def max_positions(model: nn.Module) -> int | None:
     """
     table = _table(model)
     if table is None:
-        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        config = model.config.get_text_config()
         # Tables that are no nn.Embedding (GPT-J, CTRL), and biases made for so many positions (MPT).
         return getattr(config, "n_positions", None) or getattr(config, "max_seq_len", None)
     return table.num_embeddings - max(position_start(model), getattr(table, "offset", 0))

@@ -1,8 +1,8 @@
 """What a mode is: how a batch behind a prompt is laid out, and the arguments that the model then gets.
 
-    mode = MODES[name](model, info)                  checks the model, once; TypeError where it cannot be served so
-    embedded = mode.embed(model, batch, prompt)      the op, in the mode's layout
-    inputs = mode.inputs(model, embedded, prompt)    model(**inputs)
+    mode = MODES[name](model, info)                       checks the model, once; TypeError where it cannot be served so
+    embedded = mode.embed(model, batch, prompt, layout)   the op, in the mode's layout
+    inputs = mode.inputs(model, embedded, prompt)         model(**inputs)
 
 A mode does not hold the model: copies and pickles of what holds a mode stay small.
 """
@@ -23,16 +23,16 @@ class Mode:
     """The interface, and what the modes have in common."""
 
     name: str
-    of_columns = False  # whether what comes out is one per column and nothing else
+    packed = False  # whether sequences share a row: then outputs and labels are one per column, and nothing else
 
     def __init__(self, model: nn.Module, info: ModelInfo):
         self.info = info
 
-    def embed(self, model: nn.Module, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+    def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         """The op over the model's embedding; `layout` has what the mode leaves open (`lengths`, `additive_mask`)."""
         raise NotImplementedError
 
-    def inputs(self, model: nn.Module, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+    def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         """The keyword arguments for `model(...)`."""
         raise NotImplementedError
 
@@ -49,11 +49,11 @@ class Mode:
         """The same whether it has a row or not."""
 
         def serve(prompt: Prompt, batch: Batch) -> Served:
-            embedded = self.embed(model, batch, prompt)
+            embedded = self.embed(model, batch, prompt, Layout())
             places, columns = self.places(batch, embedded, len(prompt.vectors))
             return Served(self.inputs(model, embedded, prompt), places, columns)
 
-        return probe(model, serve, self.of_columns)
+        return probe(model, serve, self.packed)
 
 
 def places_in_rows(attention_mask: Tensor, kept: int) -> tuple[list[tuple[int, slice]], int]:

@@ -26,7 +26,7 @@ class Packed(Mode):
         TypeError: a model that cannot be given a packed batch, with the reason.
     """
 
-    name, of_columns = "packed", True
+    name, packed = "packed", True
 
     def __init__(self, model: nn.Module, info: ModelInfo):
         super().__init__(model, info)
@@ -48,11 +48,11 @@ class Packed(Mode):
             reason = found.error.partition(": take mode=")[0]
         raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
 
-    def embed(self, model: nn.Module, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+    def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         layout = layout._replace(position_start=self.info.position_start, packed=True)
-        return prepend(model.get_input_embeddings(), batch, prompt, layout)  # type: ignore[operator]
+        return prepend(model.get_input_embeddings(), batch, prompt, layout)
 
-    def inputs(self, model: nn.Module, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+    def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         inputs: dict[str, Any] = embedded.as_inputs()
         if "position_ids" not in self.info.takes:  # distances alone count there, and the attention knows them
             del inputs["position_ids"]

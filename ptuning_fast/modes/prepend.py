@@ -47,12 +47,12 @@ class Prepend(Mode):
         elif found.left is not None and found.left > most:
             self.info = dataclasses.replace(info, counts_columns=True)
 
-    def embed(self, model: nn.Module, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+    def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         info, mask = self.info, batch.attention_mask
         layout = layout._replace(position_start=info.positions_for(mask), adjacent=info.adjacent)
-        return prepend(model.get_input_embeddings(), info.turned(batch), prompt, layout)  # type: ignore[operator]
+        return prepend(model.get_input_embeddings(), info.turned(batch), prompt, layout)
 
-    def inputs(self, model: nn.Module, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+    def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         return embedded.as_inputs()
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:

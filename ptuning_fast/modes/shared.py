@@ -52,7 +52,7 @@ class Shared(Mode):
         if found.left is not None and found.left > most:
             self.shifted_by_padding = "gives a text other outputs behind padding on the left"
 
-    def embed(self, model: nn.Module, batch: Batch, prompt: Prompt, layout: Layout = Layout()) -> Embedded:  # noqa: B008
+    def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         info, batch, cached = self.info, self.info.turned(batch), _cached_length(prompt)
         mask = batch.attention_mask
         if cached and self.shifted_by_padding and mask is not None and (mask[:, :1] == 0).any():
@@ -64,9 +64,9 @@ class Shared(Mode):
         start = None if start is None else start + cached
         layout = layout._replace(position_start=start, adjacent=info.adjacent)
         last = prompt._replace(vectors=prompt.vectors[..., cached:, :])
-        return prepend(model.get_input_embeddings(), batch, last, layout)  # type: ignore[operator]
+        return prepend(model.get_input_embeddings(), batch, last, layout)
 
-    def inputs(self, model: nn.Module, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
+    def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         inputs: dict[str, Any] = embedded.as_inputs()
         cached, name = _cached_length(prompt), self.info.cache
         if cached and name is not None:
@@ -122,6 +122,9 @@ def _left_padding_shifts(model: Any, info: ModelInfo) -> str | None:
 class _OneForward(DynamicCache):
     """A cache that is there to be read by one forward, which adds the text's keys and values to it."""
 
+    filled: bool  # with the prompt
+    read: set[int]  # the layers that have had their one forward
+
     def __init__(self, config: Any):
         super().__init__(config=config)
         self.__dict__["filled"], self.__dict__["read"] = False, set()
@@ -160,9 +163,10 @@ def _cached(model: Any, prompt: Prompt, batch_size: int, name: str) -> DynamicCa
     cache = _OneForward(model.config.get_text_config())
     bank = bank.to(model.get_input_embeddings().weight.dtype)
     model.base_model(inputs_embeds=bank, use_cache=True, **{name: cache})
-    if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):
+    layers: list[Any] = cache.layers
+    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
         raise TypeError(f"{type(model).__name__} keeps no keys and values of every layer: take mode='prepend'")
-    for layer in cache.layers:
+    for layer in layers:
         if index is None:
             layer.keys, layer.values = (one.expand(batch_size, -1, -1, -1) for one in (layer.keys, layer.values))
         else:

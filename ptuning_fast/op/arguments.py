@@ -1,5 +1,6 @@
 """What the op is given and what it gives, in the groups that are handed on whole."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Prompt(NamedTuple):
     """The virtual tokens: one prompt for every row, or a bank from which each row chooses."""
 
     vectors: Tensor  # [m, d], or [K, m, d] with an index
-    index: Tensor | None = None  # [B] integers in [0, K)
+    prompt_index: Tensor | None = None  # [B] integers in [0, K)
 
 
 class Layout(NamedTuple):
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
     embed_scale: float = 1.0  # factor on the token rows
     adjacent: bool = False  # the prompt next to the text, behind padding on the left
     packed: bool = False  # no padding: sequences concatenated in one row
-    lengths: list[int] | None = None  # with packed: the number of tokens of each row, where the host knows it
+    lengths: Sequence[int] | Tensor | None = None  # with packed: tokens of each row, where the host knows them
     additive_mask: torch.dtype | None = None  # the mask as attention adds it to its scores, in this dtype
 
 

@@ -11,8 +11,8 @@ from .arguments import Batch, Layout, Prompt
 __all__ = ["check", "checked_lengths", "compare_lengths", "raise_for_ids"]
 
 _INTEGERS = (torch.int64, torch.int32)
-_MASKS = (torch.int64, torch.int32, torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_MASKS += (torch.int16, torch.int8, torch.uint8)
+_MASKS: tuple[torch.dtype, ...] = (torch.int64, torch.int32, torch.bool, torch.float32, torch.float16)
+_MASKS += (torch.bfloat16, torch.float64, torch.int16, torch.int8, torch.uint8)
 
 
 def check(batch: Batch, weight: Tensor, prompt: Prompt, layout: Layout) -> None:
@@ -76,7 +76,7 @@ def _no_tensor_here(name: str, tensor: object, device: torch.device) -> Exceptio
     return ValueError(f"{name} is on {tensor.device} and input_ids on {device}: move them to one device")
 
 
-def _check_rows(name: str, tensor: object, device: torch.device, shape: torch.Size) -> None:
+def _check_rows(name: str, tensor: object, device: torch.device, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise _no_tensor_here(name, tensor, device)
     if tensor.shape != shape:
@@ -86,7 +86,7 @@ def _check_rows(name: str, tensor: object, device: torch.device, shape: torch.Si
         raise _no_tensor_here(name, tensor, device)
 
 
-def _check_integers(name: str, tensor: Tensor, device: torch.device, shape: torch.Size) -> None:
+def _check_integers(name: str, tensor: Tensor, device: torch.device, shape: tuple[int, ...]) -> None:
     _check_rows(name, tensor, device, shape)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
@@ -134,11 +134,12 @@ def raise_for_ids(batch: Batch, weight: Tensor, prompt: Prompt, packed: bool) ->
             f"input_ids[{row}, {column}] is {input_ids[row, column].item()}, outside the embedding table: "
             f"ids go from 0 to {V - 1} (V = {V}). Do the tokenizer and the model belong together?"
         ) from None
-    if prompt.index is not None:
+    if prompt.prompt_index is not None:
         K = prompt.vectors.shape[0]
-        bad = (prompt.index < 0) | (prompt.index >= K)
+        bad = (prompt.prompt_index < 0) | (prompt.prompt_index >= K)
         if bad.any():
-            row = bad.nonzero()[0].item()
+            [row] = bad.nonzero()[0].tolist()
             raise IndexError(
-                f"prompt_index[{row}] is {prompt.index[row].item()}, outside the bank: it holds prompts 0 to {K - 1}"
+                f"prompt_index[{row}] is {prompt.prompt_index[row].item()}, outside the bank: "
+                f"it holds prompts 0 to {K - 1}"
             ) from None

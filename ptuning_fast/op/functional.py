@@ -19,7 +19,6 @@ from . import reference, torch_backend
 from .arguments import Batch, Embedded, Layout, Prompt
 from .checks import check, checked_lengths, raise_for_ids
 
-kernels: ModuleType | None
 try:
     from .. import kernels
 except ImportError:  # no Triton for this platform
@@ -124,7 +123,7 @@ def embed(batch: Batch, weight: Tensor, prompt: Prompt, layout: Layout) -> Embed
         raise
     rows = outputs[0]
     if vectors.requires_grad and torch.is_grad_enabled() and not rows.requires_grad:
-        rows = _PromptGradient.apply(vectors, (rows,), backend, outputs[6], prompt.index, layout.packed)
+        rows = _PromptGradient.apply(vectors, (rows,), backend, outputs[6], prompt.prompt_index, layout.packed)
         outputs = (rows, *outputs[1:])
     return _new(Embedded, outputs)
 
@@ -161,15 +160,23 @@ class _PromptGradient(torch.autograd.Function):
 
 def embed_plainly(batch: Batch, weight: Tensor, prompt: Prompt, layout: Layout) -> Embedded:
     """The same by the reference, unchecked: plain torch operations, with a gradient for the weight as well."""
-    options = {"prompt": prompt.vectors, "prompt_index": prompt.index} | layout._asdict()
+    options = layout._asdict() | {"prompt": prompt.vectors, "prompt_index": prompt.prompt_index}
     out: Any = reference.prepend_prompt(**batch._asdict(), weight=weight, **options)
     cu_seq_lens, start = out.get("cu_seq_lens_q"), None
     if layout.packed:
         start = cu_seq_lens[:-1]
     elif layout.adjacent and batch.attention_mask is not None:
         start = (batch.attention_mask != 0).cumsum(1).eq(0).sum(1)
-    tensors = map(out.get, ("attention_mask", "token_type_ids", "labels", "position_ids"))
-    return Embedded(out["inputs_embeds"], *tensors, cu_seq_lens, start, out.get("max_length_q"))
+    return Embedded(
+        inputs_embeds=out["inputs_embeds"],
+        attention_mask=out.get("attention_mask"),
+        token_type_ids=out.get("token_type_ids"),
+        labels=out.get("labels"),
+        position_ids=out.get("position_ids"),
+        cu_seq_lens=cu_seq_lens,
+        prompt_start=start,
+        max_length=out.get("max_length_q"),
+    )
 
 
 @cache

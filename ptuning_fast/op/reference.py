@@ -4,6 +4,7 @@ Nothing here is optimised, and nothing is checked.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ def prepend_prompt(
         return torch.full((B, m), value, dtype=like.dtype, device=like.device)
 
     # Every output, the prompt first.
-    out = {"inputs_embeds": torch.cat([prompt, tokens], dim=1)}
+    out: dict[str, Any] = {"inputs_embeds": torch.cat([prompt, tokens], dim=1)}
     if attention_mask is not None:
         out["attention_mask"] = torch.cat([block(attention_mask, 1), attention_mask], dim=1)
     if token_type_ids is not None:

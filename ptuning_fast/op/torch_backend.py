@@ -74,23 +74,23 @@ def _moved(batch: Batch, weight: Tensor, prompt: Prompt, layout: Layout) -> tupl
         max_length = int(rows.max()) if B else 0
         start = cu_seq_lens[:B]
     else:
+        assert attention_mask is not None
         start = (attention_mask != 0).cumsum(1).eq(0).sum(1)
         s = torch.arange(m + n, device=input_ids.device)
         is_prompt = (s >= start[:, None]) & (s < start[:, None] + m)
         column = torch.where(s < start[:, None], s, s - m).clamp_(min=0)
 
-    def lay(tokens: Tensor | None, fill: int) -> Tensor | None:
-        """[B, n] integers in the layout of the output, `fill` on the prompt rows."""
-        if tokens is None:
-            return None
-        if packed:
+    def lay(tokens: Tensor, fill: int) -> Tensor:
+        """[B, n] integers in the layout of the output, `fill` on the virtual tokens."""
+        if column is None or is_prompt is None:  # packed
             return torch.constant_pad_nd(tokens, (m, 0), fill)[keep][None]
         return tokens.gather(1, column).masked_fill_(is_prompt, fill)
 
-    out_mask = None if packed else lay(attention_mask, 1)
-    out_types, out_labels = lay(token_type_ids, 0), lay(labels, -100)
+    out_mask = None if packed or attention_mask is None else lay(attention_mask, 1)
+    out_types = None if token_type_ids is None else lay(token_type_ids, 0)
+    out_labels = None if labels is None else lay(labels, -100)
     position_ids = _positions(input_ids, m, 0 if packed and position_start is None else position_start, out_mask, keep)
-    if additive_mask is not None:
+    if additive_mask is not None and out_mask is not None:
         out_mask = _additive(out_mask, additive_mask)
 
     # The prompt's columns look up id 0, to be written over.
@@ -136,7 +136,7 @@ def _positions(
 
 
 def _prompt_rows(start: Tensor, m: int, stride: int) -> Tensor:
-    """Row numbers [B, m] of the prompt rows in the flattened output, whose batch rows are `stride` apart."""
+    """Row numbers [B, m] of the virtual tokens in the flattened output, whose batch rows are `stride` apart."""
     first = start + stride * torch.arange(len(start), device=start.device)
     return first[:, None] + torch.arange(m, device=start.device)
 

@@ -24,20 +24,21 @@ class PromptEncoder(nn.Module):
     def __init__(self, kind: str, d: int, hidden_size: int | None = None, num_layers: int = 2, dropout: float = 0.0):
         super().__init__()
         hidden_size = hidden_size or d
+        widths: tuple[int, ...]
+        self.lstm_head: nn.LSTM | None = None
         if kind == "mlp":
-            widths, self.lstm_head = (d, hidden_size, hidden_size, d), None
+            widths = (d, hidden_size, hidden_size, d)
         elif kind == "lstm":
-            options = {"num_layers": num_layers, "dropout": dropout, "bidirectional": True, "batch_first": True}
-            self.lstm_head = nn.LSTM(d, hidden_size, **options)
+            self.lstm_head = nn.LSTM(d, hidden_size, num_layers, dropout=dropout, bidirectional=True, batch_first=True)
             widths = (2 * hidden_size, 2 * hidden_size, d)
         else:
             raise ValueError(f"encoder must be None, 'mlp' or 'lstm'; it is {kind!r}")
-        layers = []
+        layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
         self.settings = {"kind": kind, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout}
-        self._cached = None
+        self._cached: tuple[list[tuple[int, int, int]], Tensor] | None = None
 
     def forward(self, parameters: Tensor) -> Tensor:
         """The prompt. In eval mode without gradients it is computed once, until something is trained or loaded.
@@ -61,10 +62,10 @@ class PromptEncoder(nn.Module):
         finally:
             self.train(training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "PromptEncoder":
         self._cached = None  # weights may be changed through .data, which leaves no trace
         return super().train(mode)
 
-    def _encode(self, parameters):
+    def _encode(self, parameters: Tensor) -> Tensor:
         x = parameters if self.lstm_head is None else self.lstm_head(parameters)[0]
         return self.mlp_head(x)

@@ -1,21 +1,22 @@
 """What the rows of a prompt start as."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["initial_prompt"]
 
 
-def initial_prompt(init: str | Tensor, length: int, embedding: nn.Module, tokenizer) -> Tensor:
+def initial_prompt(init: str | Tensor, length: int, embedding: Any, tokenizer: Any) -> Tensor:
     """The first value of a prompt, [length, d] in fp32.
 
     Args:
         init: `"normal"` draws from the standard normal; `"vocab"` samples rows of the token table (Lester et al. 2021,
             arXiv 2104.08691, section 3.2); a tensor [length, d] is copied; any other text is tokenised and embedded,
             repeated or cut to `length`.
-        length: rows of the prompt, m.
+        length: virtual tokens, m.
         embedding: the model's input embedding, [V, d].
         tokenizer: for a text: a tokenizer, or the hub id or folder of one.
     """

@@ -40,9 +40,11 @@ class SoftPrompt(nn.Module):
     `prompt_embeddings` is an fp32 parameter, [m, d] or [K, m, d].
     """
 
+    model: Any
+
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         length: int = 20,
         *,
         init: str | Tensor = "vocab",
@@ -124,8 +126,6 @@ class SoftPrompt(nn.Module):
                 "prompt_index chooses from the prompts of num_prompts: "
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
-        if lengths is not None and mode != "packed":
-            raise ValueError(f"lengths is for mode='packed'; in mode={mode!r} no row is dropped")
         info = self._info
         per_token = labels is not None and not info.labels_are_rows and labels.shape == input_ids.shape
         types = token_type_ids if "token_type_ids" in info.takes else None
@@ -134,15 +134,19 @@ class SoftPrompt(nn.Module):
             batch, lengths = as_rows(batch, **flattened)
         info.check_room(self.length, batch.input_ids.shape[-1])
         served = self._mode(mode)
-        if mode == "packed" and labels is not None and not per_token:
+        if not served.packed:
+            if lengths is not None and not flattened:
+                raise ValueError(f"lengths is for mode='packed'; in mode={mode!r} no row is dropped")
+            lengths = None
+        if served.packed and labels is not None and not per_token:
             raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
-        if mode == "packed" and labels is not None and self.length == 0 and not flattened:
+        if served.packed and labels is not None and self.length == 0 and not flattened:
             raise ValueError(
                 "mode='packed' with labels needs a prompt of one virtual token at least: the end of one text would be "
                 "held to predict the first token of the next; take mode='prepend'"
             )
         prompt = Prompt(self.embeddings(), prompt_index)
-        embedded = served.embed(self.model, batch, prompt, Layout(lengths=lengths if mode == "packed" else None))
+        embedded = served.embed(self.model, batch, prompt, Layout(lengths=lengths))
         inputs = served.inputs(self.model, embedded, prompt)
         if labels is not None and not per_token:
             inputs["labels"] = labels
