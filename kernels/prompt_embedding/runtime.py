@@ -17,6 +17,7 @@ from contextlib import nullcontext
 
 import torch
 import triton
+from torch.compiler import is_compiling
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
@@ -45,28 +46,29 @@ class Launcher:
         """Launch so many programs on `device`, where the tensors are; ValueError where no GPU takes as many."""
         if programs >= LIMIT:
             raise ValueError(f"prepend_prompt: {programs} programs are more than one launch can have (2**31 - 1)")
-        if self.interpreted or torch.compiler.is_compiling():  # what torch.compile traces is Triton's own syntax
+        if self.interpreted or is_compiling():  # what torch.compile traces is Triton's own syntax
             self.kernel[(programs,)](*tensors, *shapes, *numbers, *constants, **self.options)
             return
-        current = driver.active.get_current_device()
+        active = driver.active
+        current = active.get_current_device()
         if device.index is not None and device.index != current:  # Triton launches on the current GPU
             with _on(device):
                 self(device, programs, tensors, shapes, numbers, constants)
             return
 
-        key, addresses = [current, shapes, constants], 0
+        dtypes, addresses = [], 0
         for tensor in tensors:
             if tensor is None:
-                key.append(None)
+                dtypes.append(None)
             else:
-                key.append(tensor.dtype)
+                dtypes.append(tensor.dtype)
                 addresses |= tensor.data_ptr()
-        key = tuple(key)
+        key = (current, shapes, constants, *dtypes)
         kept = self.compiled.get(key)
         ordinary = not (addresses & 15 or max(numbers) >= LIMIT or _hooks_in_use(self.kernel))
         if kept is not None and ordinary:
             run, function, metadata = kept
-            stream = driver.active.get_current_stream(current)
+            stream = active.get_current_stream(current)
             # Then what its launch tells hooks of, and those before and after it: there are none.
             run(programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *shapes, *numbers, *constants)
             return

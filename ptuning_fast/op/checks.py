@@ -124,22 +124,21 @@ def compare_lengths(lengths: list[int], batch: Batch) -> None:
 
 def raise_for_ids(batch: Batch, weight: Tensor, prompt: Prompt, packed: bool) -> None:
     """On a CPU: IndexError for the first id outside the table (packed: under the mask) or prompt outside the bank."""
-    V, input_ids = weight.shape[0], batch.input_ids
+    V, (input_ids, attention_mask, _, _), (vectors, prompt_index) = weight.shape[0], batch, prompt
     bad = (input_ids < 0) | (input_ids >= V)
-    if packed and batch.attention_mask is not None:
-        bad &= batch.attention_mask != 0
+    if packed and attention_mask is not None:
+        bad &= attention_mask != 0
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise IndexError(
             f"input_ids[{row}, {column}] is {input_ids[row, column].item()}, outside the embedding table: "
             f"ids go from 0 to {V - 1} (V = {V}). Do the tokenizer and the model belong together?"
         ) from None
-    if prompt.prompt_index is not None:
-        K = prompt.vectors.shape[0]
-        bad = (prompt.prompt_index < 0) | (prompt.prompt_index >= K)
+    if prompt_index is not None:
+        K = vectors.shape[0]
+        bad = (prompt_index < 0) | (prompt_index >= K)
         if bad.any():
             [row] = bad.nonzero()[0].tolist()
             raise IndexError(
-                f"prompt_index[{row}] is {prompt.prompt_index[row].item()}, outside the bank: "
-                f"it holds prompts 0 to {K - 1}"
+                f"prompt_index[{row}] is {prompt_index[row].item()}, outside the bank: it holds prompts 0 to {K - 1}"
             ) from None

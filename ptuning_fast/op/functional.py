@@ -89,29 +89,32 @@ def prepend_prompt(
         IndexError: on a CPU, an id outside [0, V), named with its place. On a GPU that is a device-side assert, as
             from `torch.nn.functional.embedding`; nothing outside the table is read.
     """
-    # As Batch(...) and so on, in half the time.
-    batch = _new(Batch, (input_ids, attention_mask, token_type_ids, labels))
-    layout = _new(Layout, (position_start, embed_scale, adjacent, packed, lengths, additive_mask))
-    return embed(batch, weight, _new(Prompt, (prompt, prompt_index)), layout).as_inputs()
-
-
-_new: Any = tuple.__new__
+    # Plain tuples: making the named ones would take longer than checking what is in them.
+    batch = input_ids, attention_mask, token_type_ids, labels
+    layout = position_start, embed_scale, adjacent, packed, lengths, additive_mask
+    return Embedded.as_inputs(_embed(batch, weight, (prompt, prompt_index), layout))
 
 
 def embed(batch: Batch, weight: Tensor, prompt: Prompt, layout: Layout) -> Embedded:
     """`prepend_prompt` in groups of arguments: the same checks, errors, values and gradient."""
+    return Embedded(*_embed(batch, weight, prompt, layout))
+
+
+def _embed(batch: Any, weight: Tensor, prompt: Any, layout: Any) -> Any:
+    """The values of `Embedded`, in its order, of those of `Batch`, `Prompt` and `Layout`."""
     check(batch, weight, prompt, layout)
+    (input_ids, _, _, _), (vectors, prompt_index) = batch, prompt
+    _, _, _, packed, lengths, _ = layout
     if (_transforms_active() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
         _warn_reference()
-        return embed_plainly(batch, weight, prompt, layout)
-    if layout.lengths is not None:
-        layout = layout._replace(lengths=checked_lengths(layout.lengths, batch))
-    input_ids, vectors = batch.input_ids, prompt.vectors
+        return embed_plainly(Batch(*batch), weight, Prompt(*prompt), Layout(*layout))
+    if lengths is not None:
+        layout = Layout(*layout)._replace(lengths=checked_lengths(lengths, Batch(*batch)))
     backend = torch_backend
     if kernels is not None and weight.dtype in kernels.dtypes and kernels.runs_on(input_ids):
         backend = kernels
         if input_ids.is_cpu:
-            raise_for_ids(batch, weight, prompt, layout.packed)
+            raise_for_ids(batch, weight, prompt, packed)
     elif not input_ids.is_cpu:
         _warn_torch_backend(input_ids.device.type, weight.dtype)
 
@@ -119,13 +122,13 @@ def embed(batch: Batch, weight: Tensor, prompt: Prompt, layout: Layout) -> Embed
         outputs = backend.forward(batch, weight, prompt, layout)
     except (IndexError, RuntimeError):
         if input_ids.is_cpu:
-            raise_for_ids(batch, weight, prompt, layout.packed)
+            raise_for_ids(batch, weight, prompt, packed)
         raise
     rows = outputs[0]
     if vectors.requires_grad and torch.is_grad_enabled() and not rows.requires_grad:
-        rows = _PromptGradient.apply(vectors, (rows,), backend, outputs[6], prompt.prompt_index, layout.packed)
+        rows = _PromptGradient.apply(vectors, (rows,), backend, outputs[6], prompt_index, packed)
         outputs = (rows, *outputs[1:])
-    return _new(Embedded, outputs)
+    return outputs
 
 
 class _PromptGradient(torch.autograd.Function):
