@@ -49,6 +49,7 @@ class Packed(Mode):
         raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
+        serve_packed(unwrapped(model))  # again, where somebody has set another attention implementation since
         layout = layout._replace(position_start=self.info.position_start, packed=True)
         return prepend(model.get_input_embeddings(), batch, prompt, layout)
 

@@ -171,6 +171,18 @@ def test_other_calls_stay_as_they_were():
     assert torch.equal(twin(**copied(ids, mask, mode="packed")).logits, first)
 
 
+@pytest.mark.parametrize("name", ["BERT", "Llama"])
+def test_another_attention_implementation_set_in_between(name):
+    """Packed calls stay right, and padded ones get what was set."""
+    model = zoo.build(name)
+    prompt, (ids, mask) = SoftPrompt(model, zoo.M), zoo.padded(zoo.texts(), "right")
+    expected = zoo.rows_out(model, prompt(ids, mask, mode="packed"))
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert_close(zoo.rows_out(model, prompt(ids, mask, mode="packed")), expected)
+        assert model.config._attn_implementation == f"ptuning_fast_{attention}"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_after_an_interruption(error):
     """There is nothing to put back: the next call, of whatever kind, finds the model as it was."""
