@@ -97,10 +97,10 @@ for part in $parts; do
         tests)
             : > "$out/tests.txt"
             run() { limit "$1" "$out/tests.txt" python3 -m pytest -q -p no:cacheprovider "${@:2}"; }
-            run 150 tests/test_gpu.py tests/test_checks.py tests/test_varlen.py
+            run 150 tests/prompt_embedding/test_gpu.py tests/op/test_checks.py tests/attention
             status=$?
-            run 150 tests/test_prepend_prompt.py tests/test_classifier.py || status=$?
-            run 120 -m gpu tests/test_packed.py tests/test_additive_mask.py || status=$?
+            run 150 tests/op/test_prepend_prompt.py tests/classify/test_classifier.py || status=$?
+            run 120 -m gpu tests/modes tests/classify || status=$?
             grep -E "^(FAILED|ERROR|SKIPPED|[0-9]+ (passed|failed))|interrupted| passed| failed" "$out/tests.txt" | tail -n 40
             [ "$status" = 0 ]
             ;;
@@ -113,7 +113,7 @@ for part in $parts; do
                 status=0
                 for tool in memcheck racecheck; do
                     limit 75 "$out/sanitize.txt" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-                        python3 -m pytest -q -p no:cacheprovider tests/test_gpu.py -k same_as_on_the_cpu || status=$?
+                        python3 -m pytest -q -p no:cacheprovider tests/prompt_embedding/test_gpu.py -k same_as_on_the_cpu || status=$?
                     echo "compute-sanitizer $tool: exit status $status"
                 done
                 [ "$status" = 0 ]

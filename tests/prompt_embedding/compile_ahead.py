@@ -1,6 +1,6 @@
 """Compile every kernel variant for GPUs that are not here, and report what came out.
 
-    python tests/compile_ahead.py [--dump FOLDER]
+    python tests/prompt_embedding/compile_ahead.py [--dump FOLDER]
 
 prints one JSON object per variant and target: registers, spilled bytes, and how wide the loads and stores of embedding
 rows are. The arguments are those that the launchers themselves pass: the launches are recorded, not made. It is a
