@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .by_length import groups_of
@@ -47,10 +46,13 @@ def serve_packed(model: Any) -> None:
         raise TypeError(f"{type(model).__name__} keeps its attention implementation: take mode='prepend'")
 
 
-def mask_of_packed(model: Any, device: torch.device) -> Tensor | None:
-    """What to give as `attention_mask` with a packed batch: a model makes none from a 4-D mask, and ours reads none."""
+def mask_of_packed(model: Any, embeds: Tensor) -> Tensor | None:
+    """What to give as `attention_mask` with a packed batch: a model makes none from a 4-D mask, and ours reads none.
+
+    Any other attention adds it to its scores: NaN, so that texts that see each other are never taken for a result.
+    """
     ours = model.config._attn_implementation.startswith(OURS)
-    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device) if ours else None
+    return embeds.new_full((1, 1, 1, 1), float("nan")) if ours else None
 
 
 def _register() -> None:

@@ -57,7 +57,7 @@ class Packed(Mode):
         inputs: dict[str, Any] = embedded.as_inputs()
         if "position_ids" not in self.info.takes:  # distances alone count there, and the attention knows them
             del inputs["position_ids"]
-        mask = mask_of_packed(unwrapped(model), embedded.inputs_embeds.device)
+        mask = mask_of_packed(unwrapped(model), embedded.inputs_embeds.detach())
         return inputs if mask is None else inputs | {"attention_mask": mask}
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:

@@ -183,6 +183,18 @@ def test_another_attention_implementation_set_in_between(name):
         assert model.config._attn_implementation == f"ptuning_fast_{attention}"
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["BERT", "Llama"])
+def test_a_model_that_was_not_prepared_gives_no_result(name, attention):
+    """A copy from before, or an attention set after the inputs were made: NaN, not texts that saw each other."""
+    model = zoo.build(name)
+    model.set_attn_implementation(attention)
+    copied, prompt = copy.deepcopy(model), SoftPrompt(model, zoo.M)
+    inputs = prompt(*zoo.padded(zoo.texts(), "right"), mode="packed")
+    assert zoo.rows_out(model, inputs).isfinite().all()
+    assert zoo.rows_out(copied, inputs).isnan().all()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_after_an_interruption(error):
     """There is nothing to put back: the next call, of whatever kind, finds the model as it was."""
