@@ -50,7 +50,7 @@ def by_length(
         # Split, not sliced: the gradient is then one concatenation.
         parts = [one.split([g * n for g, n in groups]) for one in (query, key, value)]
         for (g, n), *tensors in zip(groups, *parts):
-            q, k, v = (one.view(g, n, *one.shape[1:]).transpose(1, 2) for one in tensors)
+            q, k, v = [one.view(g, n, *one.shape[1:]).transpose(1, 2) for one in tensors]
             mask = _window_mask(n, window, causal, q.device)
             if softcap is not None:
                 seen = _softcapped(q, k, v, mask, causal, scale, softcap, dropout)

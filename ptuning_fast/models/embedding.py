@@ -29,14 +29,16 @@ def prepend(embedding: nn.Module, batch: Batch, prompt: Prompt, layout: Layout) 
                 stacklevel=2,
             )
             weight = weight.full_tensor()
-        return embed(batch, weight, prompt, layout._replace(embed_scale=embed_scale(embedding)))
+        start, _, adjacent, packed, lengths, additive_mask = layout
+        layout = Layout(start, embed_scale(embedding), adjacent, packed, lengths, additive_mask)
+        return embed(batch, weight, prompt, layout)
     warnings.warn(
         f"the input embedding ({type(embedding).__name__}) is called, not read by the fused kernel: {obstacle}",
         stacklevel=2,
     )
     rows = embedding(batch.input_ids)
     places = torch.arange(batch.input_ids.numel(), device=rows.device).view(batch.input_ids.shape)
-    return embed_plainly(batch._replace(input_ids=places), rows.flatten(0, 1), prompt, layout)
+    return embed_plainly(Batch(places, *batch[1:]), rows.flatten(0, 1), prompt, layout)
 
 
 def unreadable(embedding: Any) -> str | None:

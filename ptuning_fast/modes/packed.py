@@ -50,7 +50,7 @@ class Packed(Mode):
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         serve_packed(unwrapped(model))  # again, where somebody has set another attention implementation since
-        layout = layout._replace(position_start=self.info.position_start, packed=True)
+        layout = Layout(self.info.position_start, packed=True, lengths=layout.lengths)
         return prepend(model.get_input_embeddings(), batch, prompt, layout)
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Prepend(Mode):
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         info, mask = self.info, batch.attention_mask
-        layout = layout._replace(position_start=info.positions_for(mask), adjacent=info.adjacent)
+        start, additive = info.positions_for(mask), layout.additive_mask
+        layout = Layout(start, adjacent=info.adjacent, lengths=layout.lengths, additive_mask=additive)
         return prepend(model.get_input_embeddings(), info.turned(batch), prompt, layout)
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:

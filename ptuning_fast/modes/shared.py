@@ -62,15 +62,15 @@ class Shared(Mode):
             )
         start = info.positions_for(mask)
         start = None if start is None else start + cached
-        layout = layout._replace(position_start=start, adjacent=info.adjacent)
-        last = prompt._replace(vectors=prompt.vectors[..., cached:, :])
+        layout = Layout(start, adjacent=info.adjacent, lengths=layout.lengths)
+        last = Prompt(prompt.vectors[..., cached:, :], prompt.prompt_index)
         return prepend(model.get_input_embeddings(), batch, last, layout)
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         inputs: dict[str, Any] = embedded.as_inputs()
         cached, name = _cached_length(prompt), self.info.cache
         if cached and name is not None:
-            first = prompt._replace(vectors=prompt.vectors[..., :cached, :])
+            first = Prompt(prompt.vectors[..., :cached, :], prompt.prompt_index)
             inputs[name] = _cached(unwrapped(model), first, len(embedded.inputs_embeds), name)
             if embedded.attention_mask is not None:
                 mask = embedded.attention_mask
