@@ -49,8 +49,8 @@ class Stub:
         library.with_name("libcuda.so").symlink_to(library.name)  # by which name Triton 3.4 links it
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         # Before Triton's own library asks for one of this name: what is loaded under it stays the one.
-        self.library = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-        self.library.stub_launches.restype = ctypes.c_long
+        self.loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        self.loaded.stub_launches.restype = ctypes.c_long
 
         class Driver(CudaDriver):
             def __init__(self):
@@ -66,7 +66,7 @@ class Stub:
 
     def launches(self) -> int:
         """How many launches the driver has had."""
-        return self.library.stub_launches()
+        return self.loaded.stub_launches()
 
 
 @contextlib.contextmanager

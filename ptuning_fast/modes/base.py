@@ -7,13 +7,14 @@
 A mode does not hold the model: copies and pickles of what holds a mode stay small.
 """
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..models.families import family_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.probe import Outcome, Served, probe
+from ..models.probe import Outcome, Served, probe, tolerance
 from ..op import Batch, Embedded, Layout, Prompt
 
 __all__ = ["Mode"]
@@ -40,13 +41,40 @@ class Mode:
         """Where the outputs of each text stand, (row, columns), and how many columns a row of outputs has."""
         raise NotImplementedError
 
-    def probe(self, model: nn.Module) -> Outcome | None:
-        """What comes out of this mode for an architecture that has no row in the table; None for one that has."""
+    def probe(self, model: nn.Module) -> bool:
+        """Probe an architecture that has no row in the table: whether padding on the left changes a text's outputs.
+
+        Warns where padding on the right does.
+
+        Raises:
+            TypeError: a model that makes something else of virtual tokens than of the ids that they stand for.
+        """
         inner = unwrapped(model)
-        return None if family_of(inner) is not None else self.probe_always(inner)
+        if family_of(inner) is not None:
+            return False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the input embedding")  # is said at the call itself
+            found = self.probe_always(inner)
+        if found is None or found.alone is None:
+            return False
+        most, name = tolerance(inner), self.info.name
+        if found.alone > most:
+            raise TypeError(
+                f"{name} makes something else of inputs_embeds than of the input_ids that they stand for (probed in "
+                f"mode={self.name!r}: outputs off by {found.alone:.2g} of the largest), so a prompt would not stand "
+                "before what it was trained on" + ("" if self.name == "prepend" else ": take mode='prepend'")
+            )
+        if found.right is not None and found.right > most:
+            warnings.warn(
+                f"the outputs of {name} depend on the padding beside a text (off by {found.right:.2g} of the "
+                "largest): give it batches of texts of one length for the outputs of each text alone",
+                stacklevel=6,
+            )
+            return False
+        return found.left is not None and found.left > most
 
     def probe_always(self, model: nn.Module) -> Outcome | None:
-        """The same whether it has a row or not."""
+        """What comes out of this mode, whether the architecture has a row or not."""
 
         def serve(prompt: Prompt, batch: Batch) -> Served:
             embedded = self.embed(model, batch, prompt, Layout())

@@ -1,14 +1,12 @@
 """Mode "prepend": the prompt in every row, [B, m + n], the layout that every model takes."""
 
 import dataclasses
-import warnings
 from typing import Any
 
 from torch import nn
 
 from ..models.embedding import prepend
 from ..models.info import ModelInfo
-from ..models.probe import tolerance
 from ..op import Batch, Embedded, Layout, Prompt
 from .base import Mode, places_in_rows
 
@@ -26,25 +24,7 @@ class Prepend(Mode):
 
     def __init__(self, model: nn.Module, info: ModelInfo):
         super().__init__(model, info)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the input embedding")  # is said at the call itself
-            found = self.probe(model)
-        if found is None or found.alone is None:
-            return
-        most = tolerance(model)
-        if found.alone > most:
-            raise TypeError(
-                f"{info.name} makes something else of inputs_embeds than of the input_ids that they stand for "
-                f"(probed: outputs off by {found.alone:.2g} of the largest), so a prompt would not stand before what "
-                "it was trained on"
-            )
-        if found.right is not None and found.right > most:
-            warnings.warn(
-                f"the outputs of {info.name} depend on the padding beside a text (off by {found.right:.2g} of the "
-                "largest): give it batches of texts of one length for the outputs of each text alone",
-                stacklevel=5,
-            )
-        elif found.left is not None and found.left > most:
+        if self.probe(model):
             self.info = dataclasses.replace(info, counts_columns=True)
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
