@@ -10,8 +10,10 @@ So padded calls, `generate`, gradient checkpointing and other threads go on as b
 `cu_seq_lens_q` by itself, and is left alone.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from .by_length import groups_of
 from .varlen import varlen_attention
 
-__all__ = ["mask_of_packed", "serve_packed"]
+__all__ = ["mask_of_packed", "narrowed", "serve_packed"]
 
 OURS = "ptuning_fast_"
 
@@ -55,13 +57,45 @@ def mask_of_packed(model: Any, embeds: Tensor) -> Tensor | None:
     return embeds.new_full((1, 1, 1, 1), float("nan")) if ours else None
 
 
+# Rows that a sliding window is narrowed to, in the threads that are in `narrowed`.
+_narrow: dict[int, int] = {}
+
+
+@contextlib.contextmanager
+def narrowed(rows: int) -> Iterator[None]:
+    """Inside, in this thread, models that `serve_packed` has prepared have no wider sliding window than this.
+
+    It is narrowed in the masks that a model asks for and in what it tells its attention, where those who narrow either
+    would compute something else. So a text of a few tokens tells the models that do both from those whose masks alone
+    know of the window, and which packed attention, without a mask, would serve without it.
+    """
+    _narrow[threading.get_ident()] = rows
+    try:
+        yield
+    finally:
+        del _narrow[threading.get_ident()]
+
+
+def _rows_of_windows() -> int | None:
+    return _narrow.get(threading.get_ident()) if _narrow else None
+
+
+def _mask(base: Callable, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    """A mask function of transformers; `local_size` is the window, of which `mask_function` knows as well."""
+    rows, seen = _rows_of_windows(), kwargs.get("mask_function")
+    if rows is not None and local_size is not None and seen is not None:
+        local_size = min(local_size, rows)
+        kwargs["mask_function"] = lambda b, h, q, k: seen(b, h, q, k) & ((q - k).abs() < rows)
+    return base(*args, local_size=local_size, **kwargs)
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
     for base, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
         AttentionInterface.register(OURS + base, partial(_attention, base))
-        AttentionMaskInterface.register(OURS + base, mask)
+        AttentionMaskInterface.register(OURS + base, partial(_mask, mask))
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable:
@@ -101,6 +135,9 @@ def _attention(
         "softcap": kwargs.pop("softcap", None),
         "dropout": kwargs.pop("dropout", 0.0),
     }
+    rows = _rows_of_windows()
+    if rows is not None and options["window"] is not None:
+        options["window"] = min(options["window"], rows)
     max_length = kwargs.pop("max_length_q", None)
     if max_length is None:
         max_length = max((n for _, n in groups_of(cu_seq_lens_q)), default=0)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .by_length import by_length
+from .by_length import by_length, under_a_mask
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -36,10 +36,10 @@ def varlen_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """[T, H, e], in query's dtype.
+    """[T, H, e], in query's dtype; under autocast in autocast's, as torch's own attention is.
 
     Args:
-        query, key, value: [T, H, e] and twice [T, G, e], in one dtype.
+        query, key, value: [T, H, e] and twice [T, G, e], in one dtype, or under autocast in any.
         cu_seq_lens: [B+1] int32, the first row of each sequence, and T.
         max_length: rows of the longest sequence; only the backends for GPUs ask for it.
         causal: whether a row sees itself and those before it alone.
@@ -48,6 +48,9 @@ def varlen_attention(
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
         dropout: probability with which a weight is dropped.
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotary positions make query and key fp32 there, and leave value as it is
+        query, key, value = (one.to(torch.get_autocast_dtype(device)) for one in (query, key, value))
     attention = backend_for(query, window=window, softcap=softcap)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "dropout": dropout}
     return attention(query, key, value, cu_seq_lens, max_length, **options)
@@ -60,7 +63,8 @@ def backend_for(query: Tensor, *, window: int | None, softcap: float | None) -> 
       GPUs from compute capability 8.0 on, heads of up to 256;
     - jagged nested tensors, from which torch chooses a fused kernel for any dtype: other cases on a GPU, but windows
       and softcap;
-    - one attention call for the sequences of each length: everywhere else, CPUs above all.
+    - one attention call for the sequences of each length: everywhere else, CPUs above all; under torch.compile, which
+      cannot know the lengths, one call under a mask.
     """
     if query.device.type == "cuda":
         flash = query.dtype in HALF and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
@@ -69,9 +73,9 @@ def backend_for(query: Tensor, *, window: int | None, softcap: float | None) -> 
                 return flash_attn
             if softcap is None:
                 return torch_flash
-        if window is None and softcap is None:
+        if window is None and softcap is None and not torch.compiler.is_compiling():
             return jagged
-    return by_length
+    return under_a_mask if torch.compiler.is_compiling() else by_length
 
 
 def flash_attn(

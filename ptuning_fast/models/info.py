@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..op import Batch
 from .families import family_of
-from .positions import counts_columns, max_positions, position_start
+from .positions import counts_columns, max_positions, position_start, steady_length
 
 __all__ = ["ModelInfo", "describe", "is_a", "unwrapped"]
 
@@ -23,6 +23,7 @@ class ModelInfo:
     takes: frozenset[str]  # the arguments of its forward
     position_start: int  # the position of the first real token
     max_positions: int | None  # the longest sequence, virtual tokens included; None: any
+    steady_length: int | None  # the longest text whose outputs do not depend on the batch's other texts; None: any
     counts_columns: bool  # learned positions are those of the columns, and it cannot be told others
     pooled: str | None  # which end of a row a sequence classifier reads: "left" (encoders), "right" (decoders)
     labels_are_rows: bool  # labels belong to whole rows, or to the decoder of an encoder-decoder, whatever their shape
@@ -32,12 +33,23 @@ class ModelInfo:
     cache: str | None  # what its forward calls a cache; None: it takes none
 
     def check_room(self, length: int, n: int) -> None:
-        """ValueError where `length` virtual tokens and n tokens are more than the model has positions."""
+        """ValueError where `length` virtual tokens and n tokens are more than the model has positions.
+
+        A warning where they are so many that outputs depend on the batch.
+        """
         most = self.max_positions
         if most is not None and length + n > most:
             raise ValueError(
                 f"{length} virtual tokens and {n} tokens are {length + n}, and {self.name} has {most} positions: "
                 f"tokenize with truncation=True, max_length={most - length}"
+            )
+        steady = self.steady_length
+        if steady is not None and length + n > steady:
+            warnings.warn(
+                f"{length} virtual tokens and {n} tokens are {length + n}: beyond {steady} the outputs of {self.name} "
+                "depend on how long the longest text of the batch is, with a prompt or without: tokenize with "
+                f"max_length={max(steady - length, 0)}, or give it texts of one length",
+                stacklevel=4,
             )
 
     def check_per_token(self) -> None:
@@ -97,6 +109,7 @@ def describe(model: nn.Module) -> ModelInfo:
         takes=takes,
         position_start=position_start(model),
         max_positions=max_positions(model),
+        steady_length=steady_length(model),
         counts_columns=counts_columns(model),
         pooled=pooled,
         labels_are_rows=not is_a(model, "ForTokenClassification") and (config.is_encoder_decoder or pooled is not None),

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["counts_columns", "max_positions", "position_start"]
+__all__ = ["counts_columns", "max_positions", "position_start", "steady_length"]
 
 
 def position_start(model: nn.Module) -> int:
@@ -39,6 +39,26 @@ def max_positions(model: Any) -> int | None:
         # Tables that are no nn.Embedding (GPT-J, CTRL), and biases made for so many positions (MPT).
         return getattr(config, "n_positions", None) or getattr(config, "max_seq_len", None)
     return table.num_embeddings - max(position_start(model), getattr(table, "offset", 0))
+
+
+def steady_length(model: Any) -> int | None:
+    """The length up to which a text's outputs do not depend on how long the others of its batch are; None: any.
+
+    Rotary positions of the kinds `dynamic` and `longrope` (transformers' modeling_rope_utils.py) are others for all
+    texts of a batch once one of them is longer, and BigBird attends by blocks then.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for one in (rope, *rope.values()):  # one for all layers, or one for each of their types
+        kind = one.get("rope_type") if isinstance(one, dict) else None
+        if kind == "longrope":
+            limits.append(one.get("original_max_position_embeddings") or config.max_position_embeddings)
+        elif kind == "dynamic":
+            limits.append(config.max_position_embeddings)
+    if getattr(config, "attention_type", None) == "block_sparse":
+        limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
+    return min(limits, default=None)
 
 
 def counts_columns(model: nn.Module) -> bool:

@@ -17,15 +17,30 @@ __all__ = ["Outcome", "Served", "is_causal", "probe", "quietly", "tolerance"]
 
 @contextlib.contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode and nothing is differentiated; each module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Inside, `model` is in eval mode and nothing is differentiated; afterwards each of its modules is as it was.
+
+    That is more than its mode: some models change themselves in a forward (BigBird, given a short text, attends fully
+    from then on; rotary positions grow with what they have seen).
+    """
+    before = [(vars(module), _contents(module)) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for held, contents in before:
+            for key in held.keys() - contents.keys():
+                del held[key]
+            for key, (value, items) in contents.items():
+                held[key] = value
+                if items is not None and (value.keys() != items.keys() or any(value[k] is not items[k] for k in items)):
+                    value.clear()
+                    value.update(items)
+
+
+def _contents(module: nn.Module) -> dict[str, tuple[Any, dict | None]]:
+    """Each attribute of a module, and what is in those that are dictionaries (parameters, buffers, submodules)."""
+    return {key: (value, dict(value) if isinstance(value, dict) else None) for key, value in vars(module).items()}
 
 
 class Served(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.interface import mask_of_packed, serve_packed
+from ..attention.interface import mask_of_packed, narrowed, serve_packed
 from ..models.embedding import prepend
 from ..models.info import ModelInfo, unwrapped
 from ..models.positions import counts_columns
@@ -14,6 +14,8 @@ from ..op import Batch, Embedded, Layout, Prompt
 from .base import Mode
 
 __all__ = ["Packed"]
+
+NARROW = 4  # rows that a sliding window has while a model is probed: fewer than the probe's texts
 
 
 class Packed(Mode):
@@ -35,7 +37,8 @@ class Packed(Mode):
         _check(inner)
         before = inner.config._attn_implementation
         serve_packed(inner)
-        found = self.probe_always(inner)
+        with narrowed(NARROW):
+            found = self.probe_always(inner)
         if found is None:
             return
         worst = max((off for off in found[:3] if off is not None), default=float("inf"))
@@ -43,7 +46,10 @@ class Packed(Mode):
             return
         if inner.config._attn_implementation != before:
             inner.set_attn_implementation(before)
-        reason = f"texts in one see each other, or positions differ (outputs off by {worst:.2g} of the largest)"
+        reason = (
+            "texts in one see each other, positions differ, or a sliding window is in its mask alone "
+            f"(outputs off by {worst:.2g} of the largest)"
+        )
         if found.error is not None:
             reason = found.error.partition(": take mode=")[0]
         raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
@@ -57,6 +63,8 @@ class Packed(Mode):
         inputs: dict[str, Any] = embedded.as_inputs()
         if "position_ids" not in self.info.takes:  # distances alone count there, and the attention knows them
             del inputs["position_ids"]
+        if "use_cache" in self.info.takes:  # there is no next token, and layers that are checkpointed would add twice
+            inputs["use_cache"] = False
         mask = mask_of_packed(unwrapped(model), embedded.inputs_embeds.detach())
         return inputs if mask is None else inputs | {"attention_mask": mask}
 

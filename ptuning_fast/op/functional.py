@@ -105,11 +105,15 @@ def _embed(batch: Any, weight: Tensor, prompt: Any, layout: Any) -> Any:
     check(batch, weight, prompt, layout)
     (input_ids, _, _, _), (vectors, prompt_index) = batch, prompt
     _, _, _, packed, lengths, _ = layout
-    if (_transforms_active() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling()
+    if (_transforms_active() or forward_ad._current_level >= 0) and not traced:
         _warn_reference()
         return embed_plainly(Batch(*batch), weight, Prompt(*prompt), Layout(*layout))
     if lengths is not None:
-        layout = Layout(*layout)._replace(lengths=checked_lengths(lengths, Batch(*batch)))
+        # Traced, a tensor's values are not known on the host: they are counted there, as they are without it.
+        known = None if traced and (isinstance(lengths, Tensor) or input_ids.is_cpu) else lengths
+        lengths = None if known is None else checked_lengths(known, Batch(*batch))
+        layout = (*layout[:4], lengths, layout[5])
     backend = torch_backend
     if kernels is not None and weight.dtype in kernels.dtypes and kernels.runs_on(input_ids):
         backend = kernels
