@@ -207,12 +207,11 @@ def texts_of(model, prompt, rows, ids, mask, mode):
 
 
 def judge(model, rows, first, truth, mode, side) -> Verdict:
-    table = model.get_input_embeddings()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             with torch.no_grad():
-                prompt = SoftPrompt(model, M, init=table(first).float())
+                prompt = SoftPrompt(model, M, init=model.get_input_embeddings()(first).float())
             ids, mask = padded(rows, side)
             actual = texts_of(model, prompt, rows, ids, mask, mode)
         except (TypeError, ValueError) as error:
