@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .arguments import Scores, Sequences
 from .by_length import groups_of
 from .varlen import varlen_attention
 
@@ -110,6 +111,7 @@ def _base_attention(base: str, module: nn.Module) -> Callable:
 # What models hand to every attention function and what changes nothing here.
 _HARMLESS = {"cu_seq_lens_k", "max_length_k", "position_ids", "use_cache", "deterministic"}
 _HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "cache_position"}
+_HARMLESS |= {"shift_labels", "num_items_in_batch"}
 
 
 def _attention(
@@ -121,6 +123,7 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     cu_seq_lens_q: Tensor | None = None,
+    prefix_length: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: [1, heads, T, e] three times, and [1, T, heads, e] back."""
@@ -128,28 +131,24 @@ def _attention(
         return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
     if key.shape[2] != query.shape[2]:
         raise ValueError("a packed batch is for one forward, without a cache: for generate take mode='prepend'")
-    options = {
-        "causal": kwargs.pop("is_causal", None),
-        "window": kwargs.pop("sliding_window", None),
-        "scale": kwargs.pop("scaling", None),
-        "softcap": kwargs.pop("softcap", None),
-        "dropout": kwargs.pop("dropout", 0.0),
-    }
-    rows = _rows_of_windows()
-    if rows is not None and options["window"] is not None:
-        options["window"] = min(options["window"], rows)
+    causal, window = kwargs.pop("is_causal", None), kwargs.pop("sliding_window", None)
+    rows, softcap = _rows_of_windows(), kwargs.pop("softcap", None)
+    scores = Scores(
+        causal=getattr(module, "is_causal", True) if causal is None else causal,
+        window=window if window is None or rows is None else min(window, rows),
+        scale=kwargs.pop("scaling", None),
+        softcap=softcap if base == "eager" else None,  # sdpa knows none, and transformers leaves it out or is eager
+        dropout=kwargs.pop("dropout", 0.0),
+    )
     max_length = kwargs.pop("max_length_q", None)
-    if max_length is None:
-        max_length = max((n for _, n in groups_of(cu_seq_lens_q)), default=0)
     unknown = [name for name, value in kwargs.items() if not (name in _HARMLESS or value is None or value is False)]
     if unknown:
         raise TypeError(
             f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed batches are not "
             "served with: take mode='prepend'"
         )
-    if options["causal"] is None:
-        options["causal"] = getattr(module, "is_causal", True)
-    if base == "sdpa":  # it knows no softcap: older transformers leave it out there, newer take another
-        options["softcap"] = None
+    if max_length is None:
+        max_length = max((n for _, n in groups_of(cu_seq_lens_q, prefix_length)), default=0)
+    sequences = Sequences(cu_seq_lens_q, max_length, prefix_length)
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
-    return varlen_attention(query, key, value, cu_seq_lens_q, max_length, **options)[None], None
+    return varlen_attention(query, key, value, sequences, scores)[None], None

@@ -1,8 +1,9 @@
 """The modes: how a batch behind a prompt is laid out.
 
-"prepend"   [B, m + n]                          a prompt in every row
-"packed"    [1, T]                              the same without padding
-"shared"    [B, 1 + n], and m - 1 rows cached   a causal model runs the prompt once
+"prepend"   [B, m + n]      a prompt in every row
+"packed"    [1, T]          the same without padding
+"shared"    [1, T']         the same with one prompt for all texts: for causal models
+"auto"                      of those that are exact for the model as it stands, the one with the fewest rows
 """
 
 from importlib import import_module

@@ -1,6 +1,7 @@
 """What a mode is: how a batch behind a prompt is laid out, and the arguments that the model then gets.
 
     mode = MODES[name](model, info)                       checks the model, once; TypeError where it cannot be served so
+    mode.obstacle(model, prompt)                          what stands against it at this call
     embedded = mode.embed(model, batch, prompt, layout)   the op, in the mode's layout
     inputs = mode.inputs(model, embedded, prompt)         model(**inputs)
 
@@ -28,6 +29,10 @@ class Mode:
 
     def __init__(self, model: nn.Module, info: ModelInfo):
         self.info = info
+
+    def obstacle(self, model: Any, prompt: Prompt) -> str | None:
+        """Why the model as it stands now (training, dropout), or this prompt, cannot be served so; None if it can."""
+        return None
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         """The op over the model's embedding; `layout` has what the mode leaves open (`lengths`, `additive_mask`)."""

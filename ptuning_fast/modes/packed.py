@@ -28,7 +28,8 @@ class Packed(Mode):
         TypeError: a model that cannot be given a packed batch, with the reason.
     """
 
-    name, packed = "packed", True
+    name: str = "packed"
+    packed = True
 
     def __init__(self, model: nn.Module, info: ModelInfo):
         super().__init__(model, info)
@@ -55,8 +56,11 @@ class Packed(Mode):
         raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
+        return self._embed_packed(model, batch, prompt, self.info.position_start, layout)
+
+    def _embed_packed(self, model: Any, batch: Batch, prompt: Prompt, start: int, layout: Layout) -> Embedded:
         serve_packed(unwrapped(model))  # again, where somebody has set another attention implementation since
-        layout = Layout(self.info.position_start, packed=True, lengths=layout.lengths)
+        layout = Layout(start, packed=True, lengths=layout.lengths)
         return prepend(model.get_input_embeddings(), batch, prompt, layout)
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
@@ -85,6 +89,11 @@ def _check(model: Any) -> None:
         raise TypeError(
             f"{name} computes its attention by itself (biases on the scores, or an encoder-decoder), so it cannot be "
             "given a packed batch: take mode='prepend'"
+        )
+    if getattr(config, "output_router_logits", False):
+        raise TypeError(
+            f"{name} adds a loss over its routers' choices, which counts padding as a mask tells it: take "
+            "mode='prepend', or set output_router_logits=False in its config"
         )
     if config.get_text_config() is not config:
         raise TypeError(f"{name} is more than a text model, which packed batches are for: take mode='prepend'")

@@ -14,6 +14,7 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from .encoder import PromptEncoder
 from .initial import initial_prompt
+from .loss import keeps_labelled_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
 
@@ -59,7 +60,8 @@ class SoftPrompt(nn.Module):
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
         self._info = describe(model)
-        self._modes: dict[str, Mode] = {}  # those that the model was checked for
+        self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
+        self._keeps_labelled_rows: bool | None = None  # of its head; None: not checked yet
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -100,16 +102,16 @@ class SoftPrompt(nn.Module):
             labels: one per token [B, n], which get -100 on the virtual tokens; anything else (classes [B], the labels
                 of an encoder-decoder) goes to the model as it is.
             prompt_index: [B] int64 in [0, K), with `num_prompts`.
-            mode: `"prepend"`, m + n columns a row. The other two are for one forward, not for `generate`:
+            mode: `"prepend"`, m + n columns a row. The others are for one forward, not for `generate`; the model's
+                attention must go through transformers' AttentionInterface, its outputs be one per token, and it keeps
+                the attention implementation that it gets for them, under which every other call is as before.
                 `"packed"`, no padding: one row of all sequences, concatenated, m + text rows each, and so are the
-                outputs; `cu_seq_lens_q` [B+1] says where each begins. For models with outputs per token whose
-                attention goes through transformers' AttentionInterface; the model keeps the attention implementation
-                that it gets for this, under which every other call is as before.
-                `"shared"`, for a causal model without dropout: all virtual tokens but the last run once a batch,
-                here, and the model is given them as a cache. Outputs then have one column of the prompt, and
-                `logits[:, 1:]` are those of the tokens.
-            lengths: for `"packed"`, the number of real tokens of each row where it is known on the host, as
-                `prepend_prompt` takes it.
+                outputs; `cu_seq_lens_q` [B+1] says where each begins.
+                `"shared"`, for a causal model without dropout: one row of m - 1 virtual tokens, and then of each text
+                with the last virtual token before it. `cu_seq_lens_q` is [B+2]: the first sequence is the prompt.
+                `"auto"`: the one of these that has the fewest rows and is exact for the model as it stands.
+            lengths: for `"packed"` and `"shared"`, the number of real tokens of each row where it is known on the host,
+                as `prepend_prompt` takes it.
             flattened: what a padding-free collator (transformers' `DataCollatorWithFlattening`) gives with its
                 [1, T] `input_ids` and `labels`: `position_ids`, `cu_seq_lens_q`, ... Each sequence gets the prompt.
 
@@ -133,9 +135,17 @@ class SoftPrompt(nn.Module):
         if flattened:
             batch, lengths = as_rows(batch, **flattened)
         info.check_room(self.length, batch.input_ids.shape[-1])
-        served = self._mode(mode)
+        prompt = Prompt(self.embeddings(), prompt_index)
+        if mode == "auto":
+            rows_apart = labels is not None and not (per_token and (self.length or flattened))
+            served = self._mode("prepend") if rows_apart else self._fewest_rows(prompt)
+        else:
+            served = self._mode(mode)
+        obstacle = served.obstacle(self.model, prompt)
+        if obstacle is not None:
+            raise ValueError(f"mode={mode!r}: {obstacle}")
         if not served.packed:
-            if lengths is not None and not flattened:
+            if lengths is not None and not flattened and mode != "auto":
                 raise ValueError(f"lengths is for mode='packed'; in mode={mode!r} no row is dropped")
             lengths = None
         if served.packed and labels is not None and not per_token:
@@ -145,17 +155,72 @@ class SoftPrompt(nn.Module):
                 "mode='packed' with labels needs a prompt of one virtual token at least: the end of one text would be "
                 "held to predict the first token of the next; take mode='prepend'"
             )
-        prompt = Prompt(self.embeddings(), prompt_index)
         embedded = served.embed(self.model, batch, prompt, Layout(lengths=lengths))
         inputs = served.inputs(self.model, embedded, prompt)
         if labels is not None and not per_token:
             inputs["labels"] = labels
         return inputs
 
+    def loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_index: Tensor | None = None,
+        mode: str = "auto",
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        lengths: list[int] | Tensor | None = None,
+        **flattened: Any,
+    ) -> Tensor:
+        """The model's own loss on a batch, a scalar: `model(**self(...)).loss`, by as little work as gives the same.
+
+        The mode with the fewest rows, and a causal model's head on those rows alone that predict a label (checked with
+        a short text at the first call; where a head cannot be told of them, on all rows).
+
+        Args:
+            labels: as `forward` takes them.
+            num_items_in_batch: what the sum over the labels is divided by, as the Trainer gives it under gradient
+                accumulation; their own number by default.
+
+        Raises:
+            ValueError: no labels; and what `forward` raises.
+        """
+        if labels is None:
+            raise ValueError("a loss needs labels: one per token, or what else the model takes")
+        inputs = self(
+            *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
+        )
+        if self._keeps_labelled_rows is None:
+            self._keeps_labelled_rows = keeps_labelled_rows(self.model, self._info)
+        if self._keeps_labelled_rows and inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
+            inputs = on_labelled_rows(inputs)
+        if num_items_in_batch is not None:
+            inputs["num_items_in_batch"] = num_items_in_batch
+        return self.model(**inputs).loss
+
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:
-            self._modes[name] = mode_for(name, self.model, self._info)
-        return self._modes[name]
+            try:
+                self._modes[name] = mode_for(name, self.model, self._info)
+            except TypeError as error:
+                self._modes[name] = error
+        mode = self._modes[name]
+        if isinstance(mode, TypeError):
+            raise mode.with_traceback(None)
+        return mode
+
+    def _fewest_rows(self, prompt: Prompt) -> Mode:
+        """Mode "auto": "shared" has never more rows than "packed", and that never more than "prepend"."""
+        for name in ("shared", "packed"):
+            try:
+                mode = self._mode(name)
+            except TypeError:
+                continue
+            if mode.obstacle(self.model, prompt) is None:
+                return mode
+        return self._mode("prepend")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prompt, and a classifier's head with it, as an adapter that `peft.PeftModel.from_pretrained` loads.

@@ -1,0 +1,124 @@
+"""SoftPrompt.loss: the model's own loss, in the mode with the fewest rows, with the head on labelled rows alone."""
+
+import pytest
+import sweep
+import torch
+import zoo
+
+from ptuning_fast import SoftPrompt
+
+CLASSES = sweep.model_types()
+CAUSAL = ["llama", "qwen3", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "opt", "mixtral", "olmo2"]
+
+
+def build(kind):
+    return sweep.build(kind, CLASSES[kind], "eager" if kind == "gemma2" else "sdpa")
+
+
+def batch(labelled, side="right"):
+    ids, mask = zoo.padded(zoo.texts(), side)
+    labels = ids.masked_fill(mask == 0, -100)
+    if labelled == "last":  # of each text the last two tokens
+        position = mask.cumsum(1)
+        labels = labels.masked_fill(position <= mask.sum(1, keepdim=True) - 2, -100)
+    return ids, mask, labels
+
+
+def gradients(prompt, loss):
+    return loss.detach(), *torch.autograd.grad(loss, prompt.prompt_embeddings)
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize(("labelled", "count"), [("all", None), ("last", None), ("last", 37)])
+@pytest.mark.parametrize("mode", ["auto", "prepend", "packed"])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_it_is_the_models_loss(kind, mode, labelled, count, torch_backend):
+    model = build(kind)
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask, labels = batch(labelled, "left")
+    more = {} if count is None else {"num_items_in_batch": count}
+    expected = gradients(prompt, model(**prompt(ids, mask, labels=labels), **more).loss)
+    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels, mode=mode, **more)), expected)
+
+
+@pytest.mark.parametrize("mode", ["auto", "prepend"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
+def test_the_head_sees_rows_that_predict_a_label_alone(kind, mode, torch_backend):
+    model = build(kind)
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask, labels = batch("last")
+    prompt.loss(ids, mask, labels=labels, mode=mode)
+    rows = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[:2]))
+    prompt.loss(ids, mask, labels=labels, mode=mode)
+    labelled = int((labels != -100).sum())
+    columns = int((labels != -100).any(0).sum())
+    assert rows == [(1, labelled) if mode == "auto" else (len(ids), columns)]
+
+
+def test_a_head_that_cannot_be_told_has_all_rows(torch_backend):
+    """One with a loss of its own, which takes both arguments and heeds neither."""
+
+    class OwnLoss(type(zoo.build("Llama"))):
+        def forward(self, input_ids=None, inputs_embeds=None, shift_labels=None, logits_to_keep=0, **kwargs):
+            out = super().forward(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            return out if out.loss is None else type(out)(loss=2 * out.loss, logits=out.logits)
+
+    model = OwnLoss(zoo.build("Llama").config).eval().requires_grad_(False)
+    model.loss_type = "ForCausalLM"
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask, labels = batch("last")
+    expected = model(**prompt(ids, mask, labels=labels)).loss
+    torch.testing.assert_close(prompt.loss(ids, mask, labels=labels), expected, rtol=1e-5, atol=0)
+
+
+def test_models_without_a_causal_loss(torch_backend):
+    ids, mask, labels = batch("all")
+    for name, class_name, given in (
+        ("BERT", "BertForMaskedLM", labels),
+        ("BERT", "BertForSequenceClassification", torch.tensor([0, 1, 1, 0])),
+        ("Llama", "LlamaForSequenceClassification", torch.tensor([0, 1, 1, 0])),
+        ("BERT", "BertForTokenClassification", labels.clamp(max=1)),
+    ):
+        model = zoo.build(name, class_name)
+        prompt = SoftPrompt(model, zoo.M)
+        expected = gradients(prompt, model(**prompt(ids, mask, labels=given)).loss)
+        for mode in ("auto", "prepend"):
+            assert_same(gradients(prompt, prompt.loss(ids, mask, labels=given, mode=mode)), expected)
+    with pytest.raises(ValueError, match="needs labels"):
+        prompt.loss(ids, mask)
+
+
+def test_nothing_labelled_is_what_the_model_says_of_it(torch_backend):
+    model = build("llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask, labels = batch("all")
+    labels = torch.full_like(labels, -100)
+    assert model(**prompt(ids, mask, labels=labels)).loss.isnan() and prompt.loss(ids, mask, labels=labels).isnan()
+
+
+def test_auto_takes_the_fewest_rows_that_are_exact_as_the_model_stands(torch_backend):
+    ids, mask, labels = batch("all")
+    columns = {"prepend": zoo.M + ids.shape[1], "packed": int(mask.sum()) + zoo.M * len(ids)}
+    columns["shared"] = int(mask.sum()) + len(ids) + zoo.M - 1
+
+    def taken(prompt, **options):
+        return prompt(ids, mask, labels=labels, mode="auto", **options)["inputs_embeds"].shape[1]
+
+    model = zoo.build("Llama")
+    assert taken(SoftPrompt(model, zoo.M)) == columns["shared"]
+    model.gradient_checkpointing_enable()
+    assert taken(SoftPrompt(model.train(), zoo.M)) == columns["shared"]
+    bank = SoftPrompt(model, zoo.M, num_prompts=2)
+    assert taken(bank, prompt_index=torch.tensor([0, 1, 1, 0])) == columns["packed"]
+    gpt2 = zoo.build("GPT-2")
+    prompt = SoftPrompt(gpt2, zoo.M)
+    assert taken(prompt) == columns["shared"]
+    gpt2.train()  # with dropout
+    assert taken(prompt) == columns["packed"]
+    assert taken(SoftPrompt(zoo.build("BERT"), zoo.M)) == columns["packed"]
+    assert taken(SoftPrompt(zoo.build("Bloom"), zoo.M)) == columns["prepend"]
