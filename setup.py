@@ -28,9 +28,9 @@ setup(
     package_dir={"ptuning_fast.kernels": "kernels/prompt_embedding"},
     package_data={"ptuning_fast": ["py.typed"], "ptuning_fast.kernels": ["metadata.json"]},
     install_requires=[
-        "torch>=2.8",
-        "triton>=3.4; platform_system == 'Linux'",
-        "transformers>=5",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17",
         "safetensors>=0.4.3",
     ],
     extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST},

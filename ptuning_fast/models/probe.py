@@ -4,6 +4,7 @@ It finds out what an architecture's name does not say. It leaves no trace in the
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,13 +21,22 @@ def quietly(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in eval mode and nothing is differentiated; afterwards each of its modules is as it was.
 
     That is more than its mode: some models change themselves in a forward (BigBird, given a short text, attends fully
-    from then on; rotary positions grow with what they have seen).
+    from then on; rotary positions grow with what they have seen). One thread at a time: another would find a model
+    that is in eval mode for the first one's sake, and leave it so.
     """
+    with _one_at_a_time, torch.no_grad(), _put_back(model):
+        model.eval()
+        yield
+
+
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
     before = [(vars(module), _contents(module)) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for held, contents in before:
             for key in held.keys() - contents.keys():
