@@ -1,4 +1,4 @@
-"""The gradient through whole models, in fp64 against finite differences, and that of the gradient; many threads at once."""
+"""Gradients through whole models, in fp64 against finite differences, and of second order; many threads at once."""
 
 import threading
 
