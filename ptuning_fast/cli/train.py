@@ -1,7 +1,6 @@
 """`python -m ptuning_fast train`: train a prompt for text classification, measure it, keep it."""
 
 import statistics
-import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
@@ -30,15 +29,27 @@ Row = dict[str, Any]  # a tokenised text, as the collator takes it
 
 
 def run(options: Namespace) -> None:
-    """Train with the options of the command line and print what came out."""
+    """Train with the options of the command line and print what came out.
+
+    Of several processes each runs this, and the first alone prints and writes.
+    """
     try:
         import accelerate  # noqa: F401
     except ImportError:
         raise InputError("training needs accelerate: pip install 'ptuning-fast[train]'") from None
     from transformers import set_seed
 
+    from .fit import fit, processes
+
+    state = processes(options)
+
+    def say(line: str) -> None:
+        if state.is_main_process:
+            print(line, flush=True)
+
     try:
-        adapter.check_writable(options.output)
+        if state.is_main_process:
+            adapter.check_writable(options.output)
     except OSError as error:
         raise InputError(f"cannot write to the folder {options.output}: {error.strerror or error}") from None
     parts = _data(options)
@@ -70,26 +81,28 @@ def run(options: Namespace) -> None:
     table_rows = len(encoder.get_input_embeddings().weight)
     train, held_out = (_tokenize(part, tokenizer, max_length, names, table_rows) for part in parts)
     cut = sum(row["cut"] for row in train + held_out)
-    print(
+    say(
         f"{len(train)} texts to train on, {len(held_out)} held out, {len(names)} labels; "
         f"{cut} texts cut to {max_length} tokens"
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{trainable:,} trained parameters before a frozen {type(encoder).__name__} ({model.base_model})", flush=True)
+    say(f"{trainable:,} trained parameters before a frozen {type(encoder).__name__} ({model.base_model})")
 
-    trainer = _fit(model, tokenizer, train, held_out, options)
+    trainer = fit(model, tokenizer, train, held_out, options)
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
         raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
     try:
-        model.save_pretrained(options.output)
+        if state.is_main_process:
+            model.save_pretrained(options.output)
     except OSError as error:
         raise InputError(f"cannot save the adapter in {options.output}: {error.strerror or error}") from None
     accuracy = trainer.evaluate()["eval_accuracy"]
     majority, count = Counter(row["labels"] for row in held_out).most_common(1)[0]
     share = count / len(held_out)
-    print(f"held-out accuracy {accuracy:.3f}; majority-class baseline ({names[majority]!r}) {share:.3f}")
-    _compare_speed(model, trainer)
-    print(f"adapter saved in {options.output}")
+    say(f"held-out accuracy {accuracy:.3f}; majority-class baseline ({names[majority]!r}) {share:.3f}")
+    if state.num_processes == 1:
+        _compare_speed(model, trainer)
+    say(f"adapter saved in {options.output}")
 
 
 def _pooling(encoder: Any) -> str:
@@ -166,38 +179,6 @@ def _tokenize(part: Labelled, tokenizer: Any, max_length: int, names: list[str],
         {key: rows[key][i] for key in rows} | {"labels": number[labels[i]], "cut": len(full[i]) > max_length}
         for i in range(len(texts))
     ]
-
-
-def _fit(model: FastPTuning, tokenizer: Any, train: list[Row], held_out: list[Row], options: Namespace) -> Any:
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
-
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=options.batch_size,
-            seed=options.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=held_out,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=_accuracy,
-        )
-        trainer.train()
-    return trainer
-
-
-def _accuracy(result: Any) -> dict[str, float]:
-    return {"accuracy": (result.predictions.argmax(-1) == result.label_ids).mean()}
 
 
 def _compare_speed(model: FastPTuning, trainer: Any, steps: int = 5) -> None:

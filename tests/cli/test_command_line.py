@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -15,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ptuning_fast import FastPTuning
-from ptuning_fast.cli import tables, train
+from ptuning_fast.cli import fit, tables, train
 from ptuning_fast.cli.docstrings import PACKAGES, stdlib_docstrings
 from ptuning_fast.cli.main import main
 from ptuning_fast.files import adapter
@@ -271,6 +273,56 @@ def test_as_a_program(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.strip() == "error: missing.csv: there is no such file"
+
+
+@pytest.fixture
+def encoder(minilm, tmp_path):
+    """Folder of a small BERT without dropout, with MiniLM's tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")
+
+
+def test_two_processes_are_one_training(rows, encoder, tmp_path, capsys):
+    """Every figure is that of one process, and is printed once; so is the adapter, up to rounding.
+
+    There are 48 texts to train on and 12 held out, so the last batch of each has too few for both processes.
+    """
+    options = ["train", "--train-file", write(tmp_path / "rows.csv", rows), "--model", encoder, "--epochs", "3"]
+    options += ["--batch-size", "44", "--learning-rate", "0.05", "--prompt-length", "4", "--output"]
+    assert main([*options, str(tmp_path / "one")]) == 0
+    expected = capsys.readouterr().out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "ptuning_fast", *options, str(tmp_path / "two")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+    def figures(printed):
+        lines = [line for line in printed.replace("/one", "/two").splitlines() if "examples/s" not in line]
+        return [re.sub(r"'train_(runtime|samples_per_second|steps_per_second)': '.*?'", "", line) for line in lines]
+
+    assert figures(run.stdout) == figures(expected)
+    assert "'train_loss'" in expected and "held-out accuracy" in expected
+    tensors, settings = adapter.load(tmp_path / "two")
+    expected_tensors, expected_settings = adapter.load(tmp_path / "one")
+    assert settings == expected_settings
+    for name, tensor in expected_tensors.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_split(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fit, "PartialState", lambda cpu: SimpleNamespace(num_processes=3))
+    options = ["--train-file", write(tmp_path / "rows.csv", rows), "--output", str(tmp_path / "adapter")]
+    assert main(["train", "--batch-size", "8", *options]) == 2
+    assert "a batch of 8 texts cannot be split over 3 processes" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.fixture(scope="module")
