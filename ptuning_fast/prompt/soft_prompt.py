@@ -138,7 +138,7 @@ class SoftPrompt(nn.Module):
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
             rows_apart = labels is not None and not (per_token and (self.length or flattened))
-            served = self._mode("prepend") if rows_apart else self._fewest_rows(prompt)
+            served = self._mode("prepend") if rows_apart else self._fewest_rows(prompt, batch)
         else:
             served = self._mode(mode)
         obstacle = served.obstacle(self.model, prompt)
@@ -211,9 +211,12 @@ class SoftPrompt(nn.Module):
             raise mode.with_traceback(None)
         return mode
 
-    def _fewest_rows(self, prompt: Prompt) -> Mode:
-        """Mode "auto": "shared" has never more rows than "packed", and that never more than "prepend"."""
-        for name in ("shared", "packed"):
+    def _fewest_rows(self, prompt: Prompt, batch: Batch) -> Mode:
+        """Mode "auto": of those that can serve this model as it stands; of two with as many rows, the plainer."""
+        m, (B, n), mask = self.length, batch.input_ids.shape, batch.attention_mask
+        tokens = B * n if mask is None else int((mask != 0).sum())
+        rows = {"prepend": B * (m + n), "packed": B * m + tokens, "shared": max(m - 1, 0) + B * min(m, 1) + tokens}
+        for name in sorted(rows, key=rows.__getitem__):
             try:
                 mode = self._mode(name)
             except TypeError:

@@ -122,3 +122,6 @@ def test_auto_takes_the_fewest_rows_that_are_exact_as_the_model_stands(torch_bac
     assert taken(prompt) == columns["packed"]
     assert taken(SoftPrompt(zoo.build("BERT"), zoo.M)) == columns["packed"]
     assert taken(SoftPrompt(zoo.build("Bloom"), zoo.M)) == columns["prepend"]
+    # Of as many rows, those without ado: one text has nothing to share, and no padding.
+    inputs = SoftPrompt(model, zoo.M)(ids[3:], mask[3:], mode="auto")
+    assert "cu_seq_lens_q" not in inputs
