@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..op import Batch, Prompt
 
-__all__ = ["Outcome", "Served", "is_causal", "probe", "quietly", "tolerance"]
+__all__ = [
+    "Outcome",
+    "Served",
+    "is_causal",
+    "off_by",
+    "ordinary_tokens",
+    "padded",
+    "probe",
+    "quietly",
+    "tolerance",
+]
 
 
 @contextlib.contextmanager
@@ -98,7 +108,7 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
             return None
 
         def off(rows: list[list[int]], side: str, truth: list[dict[str, Tensor]]) -> float | None:
-            batch = _padded(rows, side, tokens[0], device)
+            batch = padded(rows, side, tokens[0], device)
             try:
                 served = serve(prompt, batch)
                 out = _call(model, served.inputs, batch.input_ids)
@@ -153,7 +163,8 @@ def ordinary_tokens(config: Any, V: int, count: int) -> list[int]:
     return (ordinary[len(ordinary) // 4 :: step] + ordinary)[:count]
 
 
-def _padded(rows: list[list[int]], side: str, padding: int, device: torch.device) -> Batch:
+def padded(rows: list[list[int]], side: str, padding: int, device: torch.device) -> Batch:
+    """Texts as a batch [B, n], padded with the token `padding` on one side."""
     n = max(map(len, rows))
     ids, mask = torch.full((len(rows), n), padding, device=device), torch.zeros(len(rows), n, device=device).long()
     for row, text in enumerate(rows):

@@ -13,10 +13,14 @@ from ..modes import Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from .encoder import PromptEncoder
+from .generate import CachedPrompt
 from .initial import initial_prompt
 from .loss import keeps_labelled_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
+
+_OTHER_CACHES = ("past_key_values", "cache", "assistant_model", "prompt_lookup_num_tokens")
+_NONE = (None, 1.0)
 
 
 class SoftPrompt(nn.Module):
@@ -61,6 +65,7 @@ class SoftPrompt(nn.Module):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
         self._info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
+        self._cached: CachedPrompt | None = None  # for generate
         self._keeps_labelled_rows: bool | None = None  # of its head; None: not checked yet
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
@@ -200,6 +205,43 @@ class SoftPrompt(nn.Module):
             inputs["num_items_in_batch"] = num_items_in_batch
         return self.model(**inputs).loss
 
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        prompt_index: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """What `model.generate(**self(input_ids, attention_mask), **options)` returns: new tokens only.
+
+        A causal model's keys and values of the prompt are computed once and kept until the prompt or the model changes.
+        Where that would not be the same (padding on the left with sliding windows, a bank, dropout, a cache of the
+        caller's, a penalty on repetitions, which reads the mask), and where a model keeps something else, the prompt's
+        rows are computed with the text.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: [B, n] each, padded on the left, as `generate` wants it.
+            options: `generate`'s own.
+        """
+        given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
+        inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
+        settings = options.get("generation_config") or getattr(self.model, "generation_config", None)
+
+        def option(name: str) -> Any:
+            return options.get(name, getattr(settings, name, None))
+
+        own_cache = option("cache_implementation") or any(name in options for name in _OTHER_CACHES)
+        if self.length and not own_cache and option("use_cache") is not False and option("repetition_penalty") in _NONE:
+            if not any(module.training for module in self.model.modules()):
+                if self._cached is None:
+                    self._cached = CachedPrompt(self.model, self._info)
+                self._info.check_room(self.length, input_ids.shape[-1])
+                copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+                inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies)
+        return self.model.generate(**(self(*given) if inputs is None else inputs), **options)
+
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:
             try:
@@ -289,8 +331,8 @@ class SoftPrompt(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A prompt for the same model, or, copied as part of something that holds both, for the model's copy.
         copied = memo[id(self)] = type(self).__new__(type(self))
-        rest = {key: value for key, value in self.__dict__.items() if key != "model"}
-        copied.__dict__.update(copy.deepcopy(rest, memo), model=memo.get(id(self.model), self.model))
+        rest = {key: value for key, value in self.__dict__.items() if key not in ("model", "_cached")}
+        copied.__dict__.update(copy.deepcopy(rest, memo), _cached=None, model=memo.get(id(self.model), self.model))
         return copied
 
 

@@ -1,0 +1,105 @@
+"""`generate` behind a prompt whose keys and values are computed once and kept.
+
+    kept:        p_0 .. p_{m-1}      [1, m] keys and values of each layer, repeated for a batch
+    computed:    pad  x_1 .. x_n     [B, n]
+
+transformers' generate takes a filled cache beside `inputs_embeds` of all columns, and runs those that the cache lacks.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..models.embedding import prepend
+from ..models.info import ModelInfo, unwrapped
+from ..models.probe import off_by, ordinary_tokens, padded, quietly, tolerance
+from ..op import Batch, Layout, Prompt
+
+__all__ = ["CachedPrompt"]
+
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+
+
+class CachedPrompt:
+    """A prompt's keys and values in one model, until either changes."""
+
+    def __init__(self, model: Any, info: ModelInfo):
+        self.info = info
+        self.cache: DynamicCache | None = None
+        self.made_of: list[tuple[int, int]] = []  # the tensors that it depends on, and their versions
+        self.exact_sides = _exact_sides(model, info)  # which sides padding may be on
+
+    def inputs(self, model: Any, batch: Batch, prompt: Prompt, copies: int) -> dict[str, Any] | None:
+        """The arguments of `model.generate` for a batch, each row `copies` times; None where they are not exact.
+
+        Args:
+            copies: of each row, for beams or several sequences.
+        """
+        mask = batch.attention_mask
+        padded_left = mask is not None and bool((mask[:, 0] == 0).any())
+        if prompt.prompt_index is not None or ("left" if padded_left else "right") not in self.exact_sides:
+            return None
+        made_of = [(one.data_ptr(), one._version) for one in (prompt.vectors, *model.parameters())]
+        if made_of != self.made_of or hasattr(model, "peft_config"):  # which can be switched off without a trace
+            self.cache, self.made_of = _filled(model, self.info, prompt), made_of
+        return _behind(model, self.info, batch, prompt, self.cache, copies)
+
+
+def _filled(model: Any, info: ModelInfo, prompt: Prompt) -> DynamicCache:
+    inner = unwrapped(model)
+    cache = DynamicCache(config=inner.config.get_text_config())
+    rows = prompt.vectors[None].to(inner.get_input_embeddings().weight.dtype)
+    with torch.no_grad():
+        inner.base_model(inputs_embeds=rows, use_cache=True, **{str(info.cache): cache})
+    return cache
+
+
+def _behind(
+    model: Any, info: ModelInfo, batch: Batch, prompt: Prompt, cache: DynamicCache | None, copies: int
+) -> dict[str, Any]:
+    if batch.attention_mask is None:
+        batch = batch._replace(attention_mask=torch.ones_like(batch.input_ids))
+    inputs: dict[str, Any] = prepend(model.get_input_embeddings(), batch, prompt, Layout()).as_inputs()
+    own: Any = copy.deepcopy(cache)
+    own.batch_repeat_interleave(len(batch.input_ids) * copies)
+    return inputs | {str(info.cache): own}
+
+
+def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
+    """On which sides texts may be padded for what follows them to be what follows them behind the prompt's own rows."""
+    inner = unwrapped(model)
+    if info.cache is None or info.steady_length is not None or inner.config.is_encoder_decoder:
+        return set()
+    sides, config = {"right", "left"}, inner.config.get_text_config()
+    if any(getattr(config, name, None) for name in _WINDOWS):
+        sides.discard("left")  # padding between the prompt and a text would shift its windows
+    table = inner.get_input_embeddings()
+    tokens = ordinary_tokens(inner.config, table.weight.shape[0], 9)
+    exact = set()
+    with quietly(inner):
+        try:
+            prompt = Prompt(table(torch.tensor(tokens[:3], device=table.weight.device)).float())
+            cache = _filled(inner, info, prompt)
+            for side in sides:
+                texts = [tokens[3:], tokens[3:5]] if side == "left" else [tokens[3:]]
+                batch = padded(texts, side, tokens[0], table.weight.device)
+                found = _logits(inner, tokens[0], **_behind(inner, info, batch, prompt, cache, 1))
+                alone = [torch.tensor([tokens[:3] + text], device=table.weight.device) for text in texts]
+                expected = torch.cat(
+                    [_logits(inner, tokens[0], input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in alone]
+                )
+                if off_by([{"logits": found}], [{"logits": expected}]) <= tolerance(inner):
+                    exact.add(side)
+        except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError):
+            return exact
+    return exact
+
+
+def _logits(model: Any, padding: int, **inputs: Any) -> Tensor:
+    """[B, 2 V], those of the next two tokens."""
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "pad_token_id": padding}
+    out = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    return torch.cat(out.logits, 1).float()

@@ -1,0 +1,96 @@
+"""SoftPrompt.generate: the tokens of model.generate(**prompt(...)), with the prompt run through the model once."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+
+from ptuning_fast import SoftPrompt
+
+CAUSAL = ["GPT-2", "OPT", "Llama", "Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3", "Bloom"]
+OPTIONS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "two of three beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "penalty": {"repetition_penalty": 1.3},
+    "static cache": {"cache_implementation": "static"},
+}
+
+
+def rows_computed(model, call):
+    """[(batch, rows)] of each time that the first layer ran."""
+    seen, layers = [], next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))
+    hook = layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple((args or tuple(kwargs.values()))[0].shape[:2])), with_kwargs=True
+    )
+    try:
+        call()
+    finally:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("side", ["left", "alone"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_same_tokens(name, options, side, torch_backend):
+    model = zoo.build(name)
+    if options == "static cache" and name in ("Bloom", "GPT-2"):
+        pytest.skip("the model itself has no static cache")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts() if side == "left" else zoo.texts([17]), "left")
+    found = []
+    for call in (
+        lambda **given: model.generate(**prompt(ids, mask), **given),
+        lambda **given: prompt.generate(ids, mask, **given),
+    ):
+        torch.manual_seed(0)
+        found.append(call(max_new_tokens=6, **OPTIONS[options]))
+    assert torch.equal(*found)
+
+
+def test_the_prompt_runs_once_until_something_changes(torch_backend):
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
+
+    def first():
+        prompt.generate(ids, mask, max_new_tokens=1)
+
+    first()
+    text_alone = [(2, 9)]
+    assert rows_computed(model, first) == text_alone
+    with torch.no_grad():
+        prompt.prompt_embeddings.add_(1)
+    assert rows_computed(model, first) == [(1, zoo.M), *text_alone]
+    assert rows_computed(model, first) == text_alone
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.1)
+    assert rows_computed(model, first) == [(1, zoo.M), *text_alone]
+    expected = model.generate(**prompt(ids, mask), max_new_tokens=4)
+    assert torch.equal(prompt.generate(ids, mask, max_new_tokens=4), expected)
+    assert torch.equal(copy.deepcopy(prompt).generate(ids, mask, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize(("name", "train"), [("Mistral", False), ("Llama", True)])
+def test_padding_that_would_shift_a_window_and_training_are_left_to_the_model(name, train, torch_backend):
+    model = zoo.build(name).train(train)
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
+    assert rows_computed(model, lambda: prompt.generate(ids, mask, max_new_tokens=1))[-1:] == [(2, zoo.M + 9)]
+
+
+def test_an_encoder_decoder_and_a_bank(torch_backend):
+    ids, mask = zoo.padded(zoo.texts([3, 9]), "right")
+    model = zoo.build("T5")
+    prompt = SoftPrompt(model, zoo.M)
+    assert torch.equal(
+        prompt.generate(ids, mask, max_new_tokens=4), model.generate(**prompt(ids, mask), max_new_tokens=4)
+    )
+    model = zoo.build("Llama")
+    bank, index = SoftPrompt(model, zoo.M, num_prompts=2), torch.tensor([1, 0])
+    ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
+    expected = model.generate(**bank(ids, mask, prompt_index=index), max_new_tokens=4)
+    assert torch.equal(bank.generate(ids, mask, prompt_index=index, max_new_tokens=4), expected)
