@@ -1,12 +1,19 @@
-"""Adapter files: small tensors and their settings, in one safetensors file that is replaced in one step."""
+"""Adapter files: small tensors and their settings, in one safetensors file that is replaced in one step.
+
+The header has a checksum of the whole file, twice: were there one key, a damaged letter in it would hide it, and the
+file would pass for one of those that have none, as PEFT and earlier versions write them.
+"""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
@@ -14,6 +21,8 @@ __all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "r
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_CHECKSUMS = ("ptuning_fast.sha256", "ptuning_fast.sha256.copy")
+_IN_HEADER = re.compile(rb'"(ptuning_fast\.sha256(?:\.copy)?)":"([0-9a-f]{64})"')
 
 
 def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None:
@@ -37,21 +46,47 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:
-    """A safetensors file of `tensors`, with `settings` in its header."""
+    """A safetensors file of `tensors`, with `settings` and the checksum in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors_bytes(tensors, {"format": "pt", "ptuning_fast": json.dumps(settings, ensure_ascii=False)})
+    metadata = {"format": "pt", "ptuning_fast": json.dumps(settings, ensure_ascii=False)}
+    content = safetensors_bytes(tensors, metadata | dict.fromkeys(_CHECKSUMS, "0" * 64))
+    return _with_checksum(content, _checksum(content))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors (on the CPU) and settings of one file; no settings in a file of somebody else's."""
+    """Tensors (on the CPU) and settings of one file; no settings in a file of somebody else's.
+
+    Raises:
+        ValueError: no safetensors file, or one with another content than was written.
+    """
+    content = path.read_bytes()
+    found = {checksum for _, checksum in _IN_HEADER.findall(_header(content))}
+    if found and found != {_checksum(content)}:
+        raise ValueError(
+            f"{path} is damaged: its content is not what was written, by its checksum; take another copy of it"
+        )
     try:
-        with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("ptuning_fast", "{}"))
-            if not isinstance(settings, dict):
-                raise ValueError(f"{path} is damaged: its settings are a {type(settings).__name__}")
-            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
+        tensors = tensors_of(content)
+        settings = json.loads((json.loads(_header(content)).get("__metadata__") or {}).get("ptuning_fast", "{}"))
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: its settings are a {type(settings).__name__}")
+    return tensors, settings
+
+
+def _header(content: bytes) -> bytes:
+    return content[8 : 8 + int.from_bytes(content[:8], "little")]
+
+
+def _with_checksum(content: bytes, checksum: bytes) -> bytes:
+    header = _header(content)
+    return content[:8] + _IN_HEADER.sub(rb'"\1":"' + checksum + b'"', header) + content[8 + len(header) :]
+
+
+def _checksum(content: bytes) -> bytes:
+    """SHA-256 of the file with zeros in the places of its checksum."""
+    return hashlib.sha256(_with_checksum(content, b"0" * 64)).hexdigest().encode()
 
 
 def check_writable(folder: str | Path) -> None:

@@ -133,6 +133,8 @@ def load(folder: str | Path) -> Saved:
         raise FileNotFoundError(f"no adapter in {folder}: there is no {adapter.WEIGHTS}")
     tensors, settings = adapter.read(folder / adapter.WEIGHTS)
     config = settings.pop("config", settings)
+    if not settings and any(name.startswith(OURS) for name in tensors):
+        raise ValueError(f"the adapter in {folder} is damaged: it has an encoder or a bank, and no settings of it")
     if not config:
         try:
             config = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
@@ -151,6 +153,8 @@ def load(folder: str | Path) -> Saved:
                 f"num_virtual_tokens={m!r}, {_SUBMODULES}={copies!r}"
             )
         parameters.setdefault("prompt_embeddings", rows[:m])
+    if "prompt_embeddings" not in parameters:
+        raise ValueError(f"the adapter in {folder} is damaged: it has no prompt_embeddings")
     head = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
     return Saved(parameters, head, config, settings if settings is not config else {})
 
