@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,10 +18,16 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save", "saving"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_RANDOM = "[a-z0-9_]" * 8  # what tempfile.mkstemp puts behind a name
 _CHECKSUMS = ("ptuning_fast.sha256", "ptuning_fast.sha256.copy")
 _IN_HEADER = re.compile(rb'"(ptuning_fast\.sha256(?:\.copy)?)":"([0-9a-f]{64})"')
 
@@ -31,10 +38,33 @@ def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None
     Each file is written under another name, forced to disk and renamed. A crash leaves the old adapter or the new one:
     `load` reads the safetensors file alone, settings included.
     """
-    folder = Path(folder)
+    folder, content = Path(folder), as_bytes(tensors, settings)
+    with saving(folder):
+        replace(folder / WEIGHTS, content)
+        replace(folder / CONFIG, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """`folder`, made if it is not there, for one save at a time; what killed ones left under other names is removed.
+
+    Other saves wait, in this process and elsewhere. The system ends the lock with its process, so nothing that is
+    removed is still being written. Where a folder cannot be locked (Windows, some network file systems) saves do not
+    wait, and leftovers stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / WEIGHTS, as_bytes(tensors, settings))
-    replace(folder / CONFIG, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for leftover in (one for name in (WEIGHTS, CONFIG) for one in folder.glob(f".{name}.{_RANDOM}")):
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -98,18 +128,26 @@ def check_writable(folder: str | Path) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Make `content` the file at `path` in one step: written beside it, forced to disk, renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Make `content` the file at `path` in one step: written beside it, forced to disk, renamed.
+
+    Raises:
+        OSError: it cannot be written; the file that was there is as it was.
+    """
     try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        reason = f"cannot write {path}, which is as it was before: {error.strerror or error}"
+        raise OSError(error.errno, reason) from error

@@ -91,26 +91,26 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
     Args:
         rows: [m, d] or [K, m, d], the prompts as the model sees them.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    before, bank = _bank_size(folder), rows.dim() == 3
+    folder, bank = Path(folder), rows.dim() == 3
     tensors = {f"base_model.{name}": tensor for name, tensor in saved.head.items()}
     if not bank:
         tensors["prompt_embeddings"] = rows
     if bank or len(saved.parameters) > 1:
         tensors |= {OURS + name: tensor for name, tensor in saved.parameters.items()}
-    if bank:  # PEFT knows a folder of an adapter by its settings
-        (folder / adapter.CONFIG).unlink(missing_ok=True)
-    settings = {"config": saved.config} | saved.settings
-    adapter.replace(folder / adapter.WEIGHTS, adapter.as_bytes(tensors, settings))
-    if not bank:
-        config = {key: value for key, value in saved.config.items() if key != "model_type"}
-        adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
-    (folder / FIRST_VERSION).unlink(missing_ok=True)
-    for place, prompt in enumerate(rows if bank else []):
-        one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, {"num_prompts": None, "encoder": None})
-        save(folder / str(place), one, prompt)
-    _remove_bank(folder, len(rows) if bank else 0, before)
+    content = adapter.as_bytes(tensors, {"config": saved.config} | saved.settings)
+    with adapter.saving(folder):
+        before = _bank_size(folder)
+        adapter.replace(folder / adapter.WEIGHTS, content)
+        if bank:  # PEFT knows a folder of an adapter by its settings
+            (folder / adapter.CONFIG).unlink(missing_ok=True)
+        else:
+            config = {key: value for key, value in saved.config.items() if key != "model_type"}
+            adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
+        (folder / FIRST_VERSION).unlink(missing_ok=True)
+        for place, prompt in enumerate(rows if bank else []):
+            one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, {"num_prompts": None, "encoder": None})
+            save(folder / str(place), one, prompt)
+        _remove_bank(folder, len(rows) if bank else 0, before)
 
 
 def load(folder: str | Path) -> Saved:
@@ -173,10 +173,12 @@ def _remove_bank(folder: Path, first: int, end: int) -> None:
     """The adapters of prompts `first` to `end` of a bank that was saved here before; nothing else in their folders."""
     for number in range(first, end):
         place = folder / str(number)
-        for name in (adapter.WEIGHTS, adapter.CONFIG):
-            (place / name).unlink(missing_ok=True)
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+        if place.is_dir():
+            with adapter.saving(place):
+                for name in (adapter.WEIGHTS, adapter.CONFIG):
+                    (place / name).unlink(missing_ok=True)
+                if not any(place.iterdir()):
+                    place.rmdir()
 
 
 def _of_first_version(folder: Path) -> Saved | None:
