@@ -203,7 +203,7 @@ class SoftPrompt(nn.Module):
             raise ValueError(f"the prompt in {folder} was trained on a {kind}, and this is a {model.config.model_type}")
         options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
         kind = (settings.get("encoder") or {}).get("kind")
-        start = torch.zeros(config["num_virtual_tokens"], d)
+        start = torch.zeros(tensors["prompt_embeddings"].shape[-2:])
         rng = torch.random.get_rng_state()
         prompt = cls(model, len(start), init=start, num_prompts=settings.get("num_prompts"), encoder=kind, **options)
         torch.random.set_rng_state(rng)

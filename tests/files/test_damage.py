@@ -142,3 +142,33 @@ def test_the_first_version_has_no_checksum_and_loads(model, tmp_path):
     without_checksum(tmp_path / peft.FIRST_VERSION)
     loaded = SoftPrompt.from_pretrained(model, tmp_path)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in prompt.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_prompts": 2.0},
+        {"num_prompts": {}},
+        {"num_prompts": 3},
+        {"num_prompts": None},
+        {"encoder": "mlp"},
+        {"encoder": {"kind": "gru"}},
+        {"encoder": {"kind": "mlp", "hidden_size": 10**9}},
+        {"encoder": {"kind": "lstm", "num_layers": 10**12}},
+        {"encoder": {"kind": "mlp", "dropout": "x"}},
+        {"encoder": {"kind": "mlp", "more": 1}},
+        {"encoder": {"kind": "lstm"}},
+        {"encoder": None},
+        {"config": []},
+        {"config": {"peft_type": "PROMPT_TUNING"}},
+        {"config": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": True}},
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_those_of_the_tensors(model, tmp_path, change):
+    """Written by somebody else: the checksum is right, and what is in the file is not."""
+    SoftPrompt(model, 3, num_prompts=2, encoder="mlp").save_pretrained(tmp_path)
+    tensors, settings = adapter.load(tmp_path)
+    adapter.save(tmp_path, tensors, settings | change)
+    (tmp_path / adapter.CONFIG).write_text("[]")
+    assert_damaged(lambda: SoftPrompt.from_pretrained(model, tmp_path))
