@@ -118,6 +118,16 @@ def test_an_earlier_file_that_lost_what_it_says_is_refused(model, tmp_path, kind
     assert_damaged(lambda: SoftPrompt.from_pretrained(model, tmp_path))
 
 
+def test_both_checksums_damaged(saved):
+    """Letters that no checksum has make it no file without one."""
+    folder, load = saved
+    path = folder / adapter.WEIGHTS
+    content = path.read_bytes()
+    places = [content.index(key) + len(key) for key in (b'sha256":"', b'sha256.copy":"')]
+    path.write_bytes(bytes(ord("x") if place in places else byte for place, byte in enumerate(content)))
+    assert_damaged(load)
+
+
 def test_a_checksum_is_no_text_of_the_settings(tmp_path):
     """Settings that look like one."""
     text = '"ptuning_fast.sha256":"' + "1" * 64 + '"'
