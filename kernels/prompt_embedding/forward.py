@@ -229,7 +229,9 @@ def forward(batch, weight, prompt, layout):
     if packed:
         max_length = S if B else 0
         if attention_mask is None:
-            cu_seq_lens = torch.arange(0, (B + 1) * max(S, 1), max(S, 1), dtype=torch.int32, device=device)
+            step = max(S, 1)  # of no rows at all, the ends are all 0
+            cu_seq_lens = torch.arange(0, (B + 1) * step, step, dtype=torch.int32, device=device)
+            cu_seq_lens = cu_seq_lens if S else cu_seq_lens * 0
         else:
             place, T, max_length = place_sequences(attention_mask, m, lengths)
             cu_seq_lens = place.cu_seq_lens

@@ -16,7 +16,7 @@ __all__ = ["InputError", "lines_of", "read_labelled", "read_texts"]
 TABLES = (".csv", ".jsonl", ".json", ".ndjson", ".parquet", ".pq")
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what, and what to do."""
 
 
@@ -65,7 +65,9 @@ def _read(path: str, columns: tuple[str, ...], suffixes: tuple[str, ...]) -> lis
     except ImportError:
         raise InputError("reading files needs pandas: pip install 'ptuning-fast[train]'") from None
     except Exception as error:  # for a damaged Parquet file, pandas and pyarrow raise whatever comes up
-        raise InputError(f"cannot read {path}: {(str(error).strip().splitlines() or ['?'])[0]}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        way_out = "" if type(error) is ValueError else f"; is it a whole {suffix} file? Write it again"
+        raise InputError(f"cannot read {path}: {reason}{way_out}") from None
 
 
 def _frame(path: str, suffix: str) -> "pandas.DataFrame":

@@ -1,19 +1,35 @@
-"""Adapter files: small tensors and their settings, in one safetensors file that is replaced in one step."""
+"""Adapter files: small tensors and their settings, in one safetensors file that is replaced in one step.
+
+The header has a checksum of the whole file, twice: were there one key, a damaged letter in it would hide it, and the
+file would pass for one of those that have none, as PEFT and earlier versions write them.
+"""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save", "saving"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_RANDOM = "[a-z0-9_]" * 8  # what tempfile.mkstemp puts behind a name
+_CHECKSUMS = ("ptuning_fast.sha256", "ptuning_fast.sha256.copy")
+_IN_HEADER = re.compile(rb'"(ptuning_fast\.sha256(?:\.copy)?)":"([^"]*)"')
 
 
 def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None:
@@ -22,10 +38,33 @@ def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None
     Each file is written under another name, forced to disk and renamed. A crash leaves the old adapter or the new one:
     `load` reads the safetensors file alone, settings included.
     """
-    folder = Path(folder)
+    folder, content = Path(folder), as_bytes(tensors, settings)
+    with saving(folder):
+        replace(folder / WEIGHTS, content)
+        replace(folder / CONFIG, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """`folder`, made if it is not there, for one save at a time; what killed ones left under other names is removed.
+
+    Other saves wait, in this process and elsewhere. The system ends the lock with its process, so nothing that is
+    removed is still being written. Where a folder cannot be locked (Windows, some network file systems) saves do not
+    wait, and leftovers stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / WEIGHTS, as_bytes(tensors, settings))
-    replace(folder / CONFIG, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for leftover in (one for name in (WEIGHTS, CONFIG) for one in folder.glob(f".{name}.{_RANDOM}")):
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -37,21 +76,47 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:
-    """A safetensors file of `tensors`, with `settings` in its header."""
+    """A safetensors file of `tensors`, with `settings` and the checksum in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors_bytes(tensors, {"format": "pt", "ptuning_fast": json.dumps(settings, ensure_ascii=False)})
+    metadata = {"format": "pt", "ptuning_fast": json.dumps(settings, ensure_ascii=False)}
+    content = safetensors_bytes(tensors, metadata | dict.fromkeys(_CHECKSUMS, "0" * 64))
+    return _with_checksum(content, _checksum(content))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors (on the CPU) and settings of one file; no settings in a file of somebody else's."""
+    """Tensors (on the CPU) and settings of one file; no settings in a file of somebody else's.
+
+    Raises:
+        ValueError: no safetensors file, or one with another content than was written.
+    """
+    content = path.read_bytes()
+    found = {checksum for _, checksum in _IN_HEADER.findall(_header(content))}
+    if found and found != {_checksum(content)}:
+        raise ValueError(
+            f"{path} is damaged: its content is not what was written, by its checksum; take another copy of it"
+        )
     try:
-        with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("ptuning_fast", "{}"))
-            if not isinstance(settings, dict):
-                raise ValueError(f"{path} is damaged: its settings are a {type(settings).__name__}")
-            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
+        tensors = tensors_of(content)
+        settings = json.loads((json.loads(_header(content)).get("__metadata__") or {}).get("ptuning_fast", "{}"))
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: its settings are a {type(settings).__name__}")
+    return tensors, settings
+
+
+def _header(content: bytes) -> bytes:
+    return content[8 : 8 + int.from_bytes(content[:8], "little")]
+
+
+def _with_checksum(content: bytes, checksum: bytes) -> bytes:
+    header = _header(content)
+    return content[:8] + _IN_HEADER.sub(rb'"\1":"' + checksum + b'"', header) + content[8 + len(header) :]
+
+
+def _checksum(content: bytes) -> bytes:
+    """SHA-256 of the file with zeros in the places of its checksum."""
+    return hashlib.sha256(_with_checksum(content, b"0" * 64)).hexdigest().encode()
 
 
 def check_writable(folder: str | Path) -> None:
@@ -63,18 +128,26 @@ def check_writable(folder: str | Path) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Make `content` the file at `path` in one step: written beside it, forced to disk, renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Make `content` the file at `path` in one step: written beside it, forced to disk, renamed.
+
+    Raises:
+        OSError: it cannot be written; the file that was there is as it was.
+    """
     try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        reason = f"cannot write {path}, which is as it was before: {error.strerror or error}"
+        raise OSError(error.errno, reason) from error

@@ -91,26 +91,26 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
     Args:
         rows: [m, d] or [K, m, d], the prompts as the model sees them.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    before, bank = _bank_size(folder), rows.dim() == 3
+    folder, bank = Path(folder), rows.dim() == 3
     tensors = {f"base_model.{name}": tensor for name, tensor in saved.head.items()}
     if not bank:
         tensors["prompt_embeddings"] = rows
     if bank or len(saved.parameters) > 1:
         tensors |= {OURS + name: tensor for name, tensor in saved.parameters.items()}
-    if bank:  # PEFT knows a folder of an adapter by its settings
-        (folder / adapter.CONFIG).unlink(missing_ok=True)
-    settings = {"config": saved.config} | saved.settings
-    adapter.replace(folder / adapter.WEIGHTS, adapter.as_bytes(tensors, settings))
-    if not bank:
-        config = {key: value for key, value in saved.config.items() if key != "model_type"}
-        adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
-    (folder / FIRST_VERSION).unlink(missing_ok=True)
-    for place, prompt in enumerate(rows if bank else []):
-        one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, {"num_prompts": None, "encoder": None})
-        save(folder / str(place), one, prompt)
-    _remove_bank(folder, len(rows) if bank else 0, before)
+    content = adapter.as_bytes(tensors, {"config": saved.config} | saved.settings)
+    with adapter.saving(folder):
+        before = _bank_size(folder)
+        adapter.replace(folder / adapter.WEIGHTS, content)
+        if bank:  # PEFT knows a folder of an adapter by its settings
+            (folder / adapter.CONFIG).unlink(missing_ok=True)
+        else:
+            config = {key: value for key, value in saved.config.items() if key != "model_type"}
+            adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
+        (folder / FIRST_VERSION).unlink(missing_ok=True)
+        for place, prompt in enumerate(rows if bank else []):
+            one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, {"num_prompts": None, "encoder": None})
+            save(folder / str(place), one, prompt)
+        _remove_bank(folder, len(rows) if bank else 0, before)
 
 
 def load(folder: str | Path) -> Saved:
@@ -133,26 +133,57 @@ def load(folder: str | Path) -> Saved:
         raise FileNotFoundError(f"no adapter in {folder}: there is no {adapter.WEIGHTS}")
     tensors, settings = adapter.read(folder / adapter.WEIGHTS)
     config = settings.pop("config", settings)
+    if not settings and any(name.startswith(OURS) for name in tensors):
+        raise ValueError(f"the adapter in {folder} is damaged: it has an encoder or a bank, and no settings of it")
     if not config:
         try:
             config = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"the adapter in {folder} has no readable {adapter.CONFIG}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"the adapter in {folder} is damaged: its settings are a {type(config).__name__}")
     parameters = {name.removeprefix(OURS): tensors.pop(name) for name in list(tensors) if name.startswith(OURS)}
     if config.get("peft_type") not in PEFT_TYPES or not (parameters or "prompt_embeddings" in tensors):
         kind = config.get("peft_type", "of another kind")
         raise ValueError(f"the adapter in {folder} is {kind}; a SoftPrompt is {' or '.join(PEFT_TYPES)}")
-    rows, m, copies = (tensors.pop("prompt_embeddings", None), *map(config.get, ("num_virtual_tokens", _SUBMODULES)))
+    rows = tensors.pop("prompt_embeddings", None)
     if rows is not None:
         # PEFT keeps a second prompt for the decoder of an encoder-decoder, which its forward does not use.
-        if not isinstance(m, int) or rows.dim() != 2 or len(rows) not in (m, m * (copies or 1)):
-            raise ValueError(
-                f"the adapter in {folder} is damaged: its prompt is {list(rows.shape)}, and its settings say "
-                f"num_virtual_tokens={m!r}, {_SUBMODULES}={copies!r}"
-            )
-        parameters.setdefault("prompt_embeddings", rows[:m])
+        m, copies = config.get("num_virtual_tokens"), config.get(_SUBMODULES)
+        twice = type(m) is int and copies == 2 and rows.shape[:1] == (2 * m,)
+        parameters.setdefault("prompt_embeddings", rows[:m] if twice else rows)
     head = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
-    return Saved(parameters, head, config, settings if settings is not config else {})
+    return _checked(folder, Saved(parameters, head, config, settings if settings is not config else {}))
+
+
+def _checked(folder: Path, saved: Saved) -> Saved:
+    """`saved`; ValueError unless its tensors are those of its settings. Files by others have no checksum."""
+    prompt, m = saved.parameters.get("prompt_embeddings"), saved.config.get("num_virtual_tokens")
+    K, encoder = saved.settings.get("num_prompts"), saved.settings.get("encoder")
+    shape = [] if prompt is None else list(prompt.shape)
+    whole = type(m) is int and (K is None or type(K) is int)
+    if not whole or shape[:-1] != [*([] if K is None else [K]), m]:
+        raise ValueError(
+            f"the adapter in {folder} is damaged: its prompt is {shape}, and its settings say "
+            f"num_virtual_tokens={m!r}, num_prompts={K!r}"
+        )
+    for name, tensor in saved.parameters.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"the adapter in {folder} is damaged: {name} is {tensor.dtype}, not a float dtype")
+    most = sum(tensor.numel() for tensor in saved.parameters.values())  # no more than what is there is built
+    if encoder is not None and not _is_encoder(encoder, most):
+        raise ValueError(f"the adapter in {folder} is damaged: its encoder is {encoder!r}")
+    return saved
+
+
+def _is_encoder(settings: Any, most: int) -> bool:
+    """Whether these are arguments of PromptEncoder for one of `most` parameters at most."""
+    if not isinstance(settings, dict) or not settings.keys() <= {"kind", "hidden_size", "num_layers", "dropout"}:
+        return False
+    hidden, layers, dropout = (settings.get(key, 1) for key in ("hidden_size", "num_layers", "dropout"))
+    whole = all(type(value) is int and value >= 1 for value in (hidden, layers))
+    rate = type(dropout) in (int, float) and 0 <= dropout <= 1
+    return settings.get("kind") in ("mlp", "lstm") and whole and hidden**2 <= most and layers <= most and rate
 
 
 def _bank_size(folder: Path) -> int:
@@ -169,10 +200,12 @@ def _remove_bank(folder: Path, first: int, end: int) -> None:
     """The adapters of prompts `first` to `end` of a bank that was saved here before; nothing else in their folders."""
     for number in range(first, end):
         place = folder / str(number)
-        for name in (adapter.WEIGHTS, adapter.CONFIG):
-            (place / name).unlink(missing_ok=True)
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+        if place.is_dir():
+            with adapter.saving(place):
+                for name in (adapter.WEIGHTS, adapter.CONFIG):
+                    (place / name).unlink(missing_ok=True)
+                if not any(place.iterdir()):
+                    place.rmdir()
 
 
 def _of_first_version(folder: Path) -> Saved | None:
@@ -185,4 +218,7 @@ def _of_first_version(folder: Path) -> Saved | None:
     if digest not in (settings.pop("belongs_to", None), settings.pop("replaced", None)):
         return None
     head = {name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
-    return Saved(tensors, head, settings.pop("config"), settings)
+    config = settings.pop("config", None)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / FIRST_VERSION} is damaged: it has no settings of the prompt")
+    return _checked(folder, Saved(tensors, head, config, settings))

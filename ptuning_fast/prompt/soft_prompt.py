@@ -311,17 +311,20 @@ class SoftPrompt(nn.Module):
         kind = config.get("model_type", model.config.model_type)
         if kind != model.config.model_type:
             raise ValueError(f"the prompt in {folder} was trained on a {kind}, and this is a {model.config.model_type}")
-        _load_head(model, head, folder)
         options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
         kind = (settings.get("encoder") or {}).get("kind")
-        start = torch.zeros(config["num_virtual_tokens"], d)
+        start = torch.zeros(tensors["prompt_embeddings"].shape[-2:])
         rng = torch.random.get_rng_state()
         prompt = cls(model, len(start), init=start, num_prompts=settings.get("num_prompts"), encoder=kind, **options)
         torch.random.set_rng_state(rng)
         for name, parameter in prompt.named_parameters():
             if name in tensors:
                 parameter.data = parameter.data.to(tensors[name].dtype)
-        prompt.load_state_dict(tensors)
+        try:
+            prompt.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
+        _load_head(model, head, folder)
         return prompt
 
     def extra_repr(self) -> str:

@@ -124,7 +124,7 @@ def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys, monkeypatch):
         (["--train-file", "{tmp}/broken.jsonl"], "cannot read"),
         (["--train-file", "{tmp}/null.jsonl"], "row 2 has no value in column 'label'"),
         (["--train-file", "{tmp}/nested.jsonl"], "row 1 of column 'text' holds a list"),
-        (["--train-file", "{tmp}/not.parquet"], "cannot read"),
+        (["--train-file", "{tmp}/not.parquet"], "is it a whole .parquet file? Write it again"),
         (["--train-file", "{tmp}/two.csv"], "too few texts"),
         (["--train-file", "{tmp}/rows.csv", "--eval-file", "{tmp}/other.csv"], "label 'email' is held out"),
         (["--train-file", "{tmp}/rows.csv", "--model", "{tmp}/nowhere"], "cannot load the model"),
