@@ -54,9 +54,11 @@ def tables(infos):
             found = [info for info in cases if figure in info]
             if found:
                 out.append((f"Stage, {direction}, {kind}: how many times as long as {OURS}", _ratios(found, figure)))
-    steps = [info for info in infos if info["benchmark"] == "training step"]
-    for encoder in dict.fromkeys(info["shape"] for info in steps):
-        out.append((f"Training step, {encoder}", _steps([info for info in steps if info["shape"] == encoder])))
+    for kind in ("training step", "first token"):
+        steps = [info for info in infos if info["benchmark"] == kind]
+        for shape in dict.fromkeys(info["shape"] for info in steps):
+            cases = [info for info in steps if info["shape"] == shape]
+            out.append((f"{kind.capitalize()}, {_case(cases[0])}", _steps(cases)))
     for info in infos:
         if info["benchmark"] == "host cost":
             where = "on a GPU" if info["device"] == "GPU" else "a stub of a GPU, torch.cat on the CPU"
@@ -129,8 +131,9 @@ def _times_as_fast(info, plain):
 RATIOS = {
     f"{OURS}, packed and pruned": "packed and pruned, fp32",
     f"{OURS}, packed, pruned, bf16 weights": "packed and pruned, frozen weights in bf16 (`torch.cat` in fp32)",
-    f"{OURS}, shared": "shared",
+    f"{OURS}, auto": "auto, head on labelled rows",
     "host cost": "host time of an eager call of the op",
+    f"{OURS}, shared": "shared",
     f"{OURS}, packed": "packed, fp32",
     f"{OURS}, prepend": "prepend, fp32",
 }
@@ -171,7 +174,7 @@ def _with_plain(infos):
 
 def _case(info):
     """The shape with the sizes that its name does not say."""
-    sizes = [f"{name}={size}" for name, size in info["sizes"].items() if f"{name}=" not in info["shape"]]
+    sizes = [f"{name}={size}" for name, size in info.get("sizes", {}).items() if f"{name}=" not in info["shape"]]
     return ", ".join([info["shape"], *sizes]).replace("=<=", "<=").replace("<= ", "≤ ").replace("n≤", "n ≤")
 
 

@@ -201,8 +201,9 @@ def texts_of(model, prompt, rows, ids, mask, mode):
     if model.config.is_encoder_decoder or out.dim() == 2:
         return list(out)
     if mode == "packed":
-        ends = inputs["cu_seq_lens_q"].tolist()
-        return [out[0, start + M : end] for start, end in pairwise(ends)]
+        return [out[0, start + M : end] for start, end in pairwise(inputs["cu_seq_lens_q"].tolist())]
+    if mode == "shared":  # of which the first sequence is the prompt
+        return [out[0, start + 1 : end] for start, end in pairwise(inputs["cu_seq_lens_q"].tolist()[1:])]
     return [one[-ids.shape[1] :][there != 0] for one, there in zip(out, mask)]
 
 

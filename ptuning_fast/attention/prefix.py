@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .arguments import Scores, Sequences
 from .by_length import groups_of
@@ -68,8 +67,12 @@ class _Merged(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # torch's once_differentiable would let torch.autograd.grad pass it by
+            raise RuntimeError(
+                "attention behind a shared prompt cannot be differentiated twice (create_graph=True): run the forward "
+                "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or take mode='prepend'"
+            )
         query, key, value, out, lse = ctx.saved_tensors
         own, first, P, scale = ctx.rest
         grad = grad.contiguous()

@@ -49,19 +49,20 @@ def backend_for(query: Tensor, sequences: Sequences, scores: Scores) -> Callable
     - one attention call for the sequences of each length: everywhere else, CPUs above all; under torch.compile, which
       cannot know the lengths, one call under a mask.
     """
-    plain = scores.window is None and scores.softcap is None
     gpu, traced = query.device.type == "cuda", torch.compiler.is_compiling()
     flash = gpu and query.dtype in HALF and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     flash = flash and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if sequences.prefix:
         whole = scores.window is None or sequences.prefix + sequences.max_length <= scores.window
-        if (flash or query.device.type == "cpu") and whole and scores.softcap is None and not scores.dropout:
-            return under_a_mask if traced else merged
+        allowed = torch.backends.cuda.flash_sdp_enabled()  # which torch.nn.attention.sdpa_kernel says, on CPUs as well
+        plain = whole and scores.softcap is None and not scores.dropout
+        if (flash or query.device.type == "cpu") and plain and allowed and not traced:
+            return merged
     elif flash and flash_attn_varlen_func is not None:
         return flash_attn
     elif flash and scores.softcap is None:
         return torch_flash
-    elif gpu and plain and not traced:
+    elif gpu and scores.window is None and scores.softcap is None and not traced:
         return jagged
     return under_a_mask if traced else by_length
 

@@ -59,8 +59,14 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, dict | None]]:
-    """Each attribute of a module, and what is in those that are dictionaries (parameters, buffers, submodules)."""
-    return {key: (value, dict(value) if isinstance(value, dict) else None) for key, value in vars(module).items()}
+    """Each attribute of a module, and what is in those that are dictionaries (buffers, submodules).
+
+    But for its parameters: those of FSDP are exchanged in a forward, and it keeps the account.
+    """
+    return {
+        key: (value, dict(value) if isinstance(value, dict) and key != "_parameters" else None)
+        for key, value in vars(module).items()
+    }
 
 
 class Served(NamedTuple):
@@ -128,7 +134,8 @@ def is_causal(model: Any) -> bool:
     """Whether a token reaches later rows only: the first row's state, behind two different second tokens."""
     with quietly(model):
         ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
-        first = model(input_ids=ids)[0][:, 0].float()
+        out = model(input_ids=ids)
+        first = (out.logits if "logits" in out else out[0])[:, 0].float()
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
 
 

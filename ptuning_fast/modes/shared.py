@@ -31,6 +31,7 @@ class Shared(Packed):
 
     def __init__(self, model: nn.Module, info: ModelInfo):
         inner = unwrapped(model)
+        info.check_per_token()
         if inner.config.is_encoder_decoder or not _is_causal(inner):
             raise TypeError(f"{info.name} is not causal: its virtual tokens depend on the text, so take mode='prepend'")
         if "flash_attention" in inner.config._attn_implementation:
@@ -96,7 +97,7 @@ def _after(values: Tensor | None, P: int, filler: int) -> Tensor | None:
 
 def _is_causal(model: Any) -> bool:
     try:
-        return is_causal(model.base_model)
+        return is_causal(model)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         reason = f"{type(model).__name__} does not run on input_ids alone ({error}): take mode='prepend'"
         raise TypeError(reason) from None

@@ -111,7 +111,7 @@ def _embed(batch: Any, weight: Tensor, prompt: Any, layout: Any) -> Any:
         return embed_plainly(Batch(*batch), weight, Prompt(*prompt), Layout(*layout))
     if lengths is not None:
         # Traced, a tensor's values are not known on the host: they are counted there, as they are without it.
-        known = None if traced and (isinstance(lengths, Tensor) or input_ids.is_cpu) else lengths
+        known = None if traced and isinstance(lengths, Tensor) else lengths
         lengths = None if known is None else checked_lengths(known, Batch(*batch))
         layout = (*layout[:4], lengths, layout[5])
     backend = torch_backend

@@ -19,8 +19,7 @@ CASES = [
     for mode in MODES[of]
 ]
 CASES += [f"ddp_both {mode}" for mode in MODES["prompt"]]
-CASES += [f"fsdp_{of} {mode}" for of in ("model", "base", "both") for mode in ("prepend", "packed")]
-REFUSED = [f"fsdp_{of} shared" for of in ("model", "base", "both")]
+CASES += [f"fsdp_{of} {mode}" for of in ("model", "base", "both") for mode in MODES["prompt"]]
 TOLERANCE = 3e-5
 """Relative to the largest of its kind, in fp32 after three steps of AdamW; without an average, 0.1 and more."""
 
@@ -38,7 +37,7 @@ def results(tmp_path_factory):
 
 
 def test_every_case_is_looked_at(results):
-    assert all(sorted(found) == sorted(["by_itself prepend", *CASES, *REFUSED]) for found in results)
+    assert all(sorted(found) == sorted(["by_itself prepend", *CASES]) for found in results)
     assert len(results) == 2
 
 
@@ -51,13 +50,6 @@ def test_as_one_process(results, case):
 
 def test_the_check_can_fail(results):
     assert all(found["by_itself prepend"]["apart"] > 0.1 for found in results)
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_shared_does_not_go_with_fsdp(results, case):
-    """The layers run twice before one backward, and FSDP2 has freed their weights by then: an error, never a number."""
-    for found in results:
-        assert "apart" not in found[case]
 
 
 @pytest.mark.parametrize("case", CASES)
