@@ -29,7 +29,8 @@ class CachedPrompt:
     def __init__(self, model: Any, info: ModelInfo):
         self.info = info
         self.cache: DynamicCache | None = None
-        self.made_of: list[tuple[int, int]] = []  # the tensors that it depends on, and their versions
+        self.vectors: Tensor | None = None  # of the prompt that it was made of
+        self.weights: list[tuple[int, int]] = []  # the model's, by what torch counts when one is written to
         self.exact_sides = _exact_sides(model, info)  # which sides padding may be on
 
     def inputs(self, model: Any, batch: Batch, prompt: Prompt, copies: int) -> dict[str, Any] | None:
@@ -42,9 +43,10 @@ class CachedPrompt:
         padded_left = mask is not None and bool((mask[:, 0] == 0).any())
         if prompt.prompt_index is not None or ("left" if padded_left else "right") not in self.exact_sides:
             return None
-        made_of = [(one.data_ptr(), one._version) for one in (prompt.vectors, *model.parameters())]
-        if made_of != self.made_of or hasattr(model, "peft_config"):  # which can be switched off without a trace
-            self.cache, self.made_of = _filled(model, self.info, prompt), made_of
+        weights = [(id(one), one._version) for one in model.parameters()]
+        same = self.vectors is not None and torch.equal(self.vectors, prompt.vectors) and weights == self.weights
+        if not same or hasattr(model, "peft_config"):  # whose layers can be switched off without a trace
+            self.cache, self.vectors, self.weights = _filled(model, self.info, prompt), prompt.vectors.clone(), weights
         return _behind(model, self.info, batch, prompt, self.cache, copies)
 
 

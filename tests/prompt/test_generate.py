@@ -69,6 +69,8 @@ def test_the_prompt_runs_once_until_something_changes(torch_backend):
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(1.1)
     assert rows_computed(model, first) == [(1, zoo.M), *text_alone]
+    prompt.prompt_embeddings.data.mul_(1.5)  # of which torch keeps no count
+    assert rows_computed(model, first) == [(1, zoo.M), *text_alone]
     expected = model.generate(**prompt(ids, mask), max_new_tokens=4)
     assert torch.equal(prompt.generate(ids, mask, max_new_tokens=4), expected)
     assert torch.equal(copy.deepcopy(prompt).generate(ids, mask, max_new_tokens=4), expected)
