@@ -171,7 +171,8 @@ def table(rng, suffix):
         return b"PAR1"
     if suffix in (".csv", ".tsv"):
         text = io.StringIO(newline="")
-        writer = csv.writer(text, dialect=rng.choice(["excel", "excel-tab", "unix"]))
+        # Python 3.10 does not write what it would have to escape, as NUL.
+        writer = csv.writer(text, dialect=rng.choice(["excel", "excel-tab", "unix"]), escapechar="\\")
         writer.writerows([["text", "label"], *(row.values() for row in rows)])
     else:
         text = io.StringIO("".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in rows))
