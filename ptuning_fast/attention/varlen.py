@@ -54,9 +54,9 @@ def backend_for(query: Tensor, sequences: Sequences, scores: Scores) -> Callable
     flash = flash and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if sequences.prefix:
         whole = scores.window is None or sequences.prefix + sequences.max_length <= scores.window
-        allowed = torch.backends.cuda.flash_sdp_enabled()  # which torch.nn.attention.sdpa_kernel says, on CPUs as well
-        plain = whole and scores.softcap is None and not scores.dropout
-        if (flash or query.device.type == "cpu") and plain and allowed and not traced:
+        plain = whole and scores.softcap is None and not scores.dropout and not traced
+        # The last is what torch.nn.attention.sdpa_kernel says, on CPUs as well.
+        if (flash or query.device.type == "cpu") and plain and torch.backends.cuda.flash_sdp_enabled():
             return merged
     elif flash and flash_attn_varlen_func is not None:
         return flash_attn
