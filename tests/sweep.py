@@ -160,7 +160,7 @@ def built(config, class_name: str, attention: str):
     model_class = getattr(transformers, class_name)
     with torch.device("meta"):
         size = sum(one.numel() for one in model_class(config).parameters())
-    if size > 3e7:
+    if size > 1.2e8:
         raise ValueError(f"{size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
     model = model_class(config).float().eval().requires_grad_(False)
