@@ -141,6 +141,10 @@ def _attention(
         dropout=kwargs.pop("dropout", 0.0),
     )
     max_length = kwargs.pop("max_length_q", None)
+    if prefix_length and not scores.causal:
+        raise TypeError(
+            f"{type(module).__name__} is not causal (any more), so texts cannot share a prompt: take mode='packed'"
+        )
     unknown = [name for name, value in kwargs.items() if not (name in _HARMLESS or value is None or value is False)]
     if unknown:
         raise TypeError(

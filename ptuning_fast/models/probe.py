@@ -34,7 +34,8 @@ def quietly(model: nn.Module) -> Iterator[None]:
     from then on; rotary positions grow with what they have seen). One thread at a time: another would find a model
     that is in eval mode for the first one's sake, and leave it so.
     """
-    with _one_at_a_time, torch.no_grad(), _put_back(model):
+    device = next((one.device.type for one in model.parameters()), "cpu")
+    with _one_at_a_time, torch.no_grad(), torch.autocast(device, enabled=False), _put_back(model):
         model.eval()
         yield
 

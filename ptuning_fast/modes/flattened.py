@@ -23,7 +23,7 @@ def as_rows(
 
     Args:
         batch: `input_ids`, and `token_type_ids` and `labels` or None, [1, T] each.
-        position_ids: [1, T], which start again with each sequence: they tell the sequences apart where
+        position_ids: [1, T], which rise by one within each sequence: they tell the sequences apart where
         cu_seq_lens_q: [B+1], the first token of each sequence, and T, is not given. On the CPU, as a collator makes it,
             nothing waits for the GPU.
 
@@ -50,7 +50,8 @@ def as_rows(
             raise ValueError(
                 f"position_ids must be {list(ids.shape)}, as input_ids; they are {list(position_ids.shape)}"
             )
-        ends = (position_ids[0] == position_ids[0, :1]).nonzero()[:, 0].tolist() + [T]
+        begins = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero()[:, 0] + 1
+        ends = [0, *begins.tolist(), T]
     lengths = [end - start for start, end in pairwise(ends)]
     if not lengths or ends[0] != 0 or ends[-1] != T or min(lengths) < 0:
         raise ValueError(f"cu_seq_lens_q must rise from 0 to {T}, the number of tokens; it is {ends}")

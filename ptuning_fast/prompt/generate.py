@@ -1,9 +1,10 @@
-"""`generate` behind a prompt whose keys and values are computed once and kept.
+"""`generate` behind a prompt whose keys and values are computed once for a batch, and not in every row.
 
-    kept:        p_0 .. p_{m-1}      [1, m] keys and values of each layer, repeated for a batch
+    once:        p_0 .. p_{m-1}      [1, m] keys and values of each layer, repeated for the batch
     computed:    pad  x_1 .. x_n     [B, n]
 
 transformers' generate takes a filled cache beside `inputs_embeds` of all columns, and runs those that the cache lacks.
+Nothing is kept from call to call: what a model's weights, hooks and adapters were the last time cannot be told.
 """
 
 import copy
@@ -24,14 +25,10 @@ _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
 class CachedPrompt:
-    """A prompt's keys and values in one model, until either changes."""
+    """The prompt's part of `generate` for one model, which is probed for it."""
 
     def __init__(self, model: Any, info: ModelInfo):
-        self.info = info
-        self.cache: DynamicCache | None = None
-        self.vectors: Tensor | None = None  # of the prompt that it was made of
-        self.weights: list[tuple[int, int]] = []  # the model's, by what torch counts when one is written to
-        self.exact_sides = _exact_sides(model, info)  # which sides padding may be on
+        self.info, self.exact_sides = info, _exact_sides(model, info)
 
     def inputs(self, model: Any, batch: Batch, prompt: Prompt, copies: int) -> dict[str, Any] | None:
         """The arguments of `model.generate` for a batch, each row `copies` times; None where they are not exact.
@@ -39,15 +36,19 @@ class CachedPrompt:
         Args:
             copies: of each row, for beams or several sequences.
         """
-        mask = batch.attention_mask
-        padded_left = mask is not None and bool((mask[:, 0] == 0).any())
-        if prompt.prompt_index is not None or ("left" if padded_left else "right") not in self.exact_sides:
+        mask, m = batch.attention_mask, prompt.vectors.shape[-2]
+        if prompt.vectors.dim() != 2 or 0 in batch.input_ids.shape:
             return None
-        weights = [(id(one), one._version) for one in model.parameters()]
-        same = self.vectors is not None and torch.equal(self.vectors, prompt.vectors) and weights == self.weights
-        if not same or hasattr(model, "peft_config"):  # whose layers can be switched off without a trace
-            self.cache, self.vectors, self.weights = _filled(model, self.info, prompt), prompt.vectors.clone(), weights
-        return _behind(model, self.info, batch, prompt, self.cache, copies)
+        if mask is not None and (mask.shape != batch.input_ids.shape or bool((mask == 0).all(1).any())):
+            return None
+        padded_left = mask is not None and bool((mask[:, 0] == 0).any())
+        if ("left" if padded_left else "right") not in self.exact_sides:
+            return None
+        config = unwrapped(model).config.get_text_config()
+        windows = [window for name in _WINDOWS if (window := getattr(config, name, None))]
+        if windows and (padded_left or m >= min(windows)):  # padding behind the prompt would shift a text's windows
+            return None
+        return _behind(model, self.info, batch, prompt, _filled(model, self.info, prompt), copies)
 
 
 def _filled(model: Any, info: ModelInfo, prompt: Prompt) -> DynamicCache:
@@ -60,7 +61,7 @@ def _filled(model: Any, info: ModelInfo, prompt: Prompt) -> DynamicCache:
 
 
 def _behind(
-    model: Any, info: ModelInfo, batch: Batch, prompt: Prompt, cache: DynamicCache | None, copies: int
+    model: Any, info: ModelInfo, batch: Batch, prompt: Prompt, cache: DynamicCache, copies: int
 ) -> dict[str, Any]:
     if batch.attention_mask is None:
         batch = batch._replace(attention_mask=torch.ones_like(batch.input_ids))
@@ -75,9 +76,7 @@ def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
     inner = unwrapped(model)
     if info.cache is None or info.steady_length is not None or inner.config.is_encoder_decoder:
         return set()
-    sides, config = {"right", "left"}, inner.config.get_text_config()
-    if any(getattr(config, name, None) for name in _WINDOWS):
-        sides.discard("left")  # padding between the prompt and a text would shift its windows
+    sides = ("right", "left")
     table = inner.get_input_embeddings()
     tokens = ordinary_tokens(inner.config, table.weight.shape[0], 9)
     exact = set()

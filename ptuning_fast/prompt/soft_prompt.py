@@ -19,8 +19,9 @@ from .loss import keeps_labelled_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
 
-_OTHER_CACHES = ("past_key_values", "cache", "assistant_model", "prompt_lookup_num_tokens")
-_NONE = (None, 1.0)
+# Of generate's options those that change the cache, and those beside its config that concern decoding alone.
+_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+_DECODING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "synced_gpus")
 
 
 class SoftPrompt(nn.Module):
@@ -216,10 +217,10 @@ class SoftPrompt(nn.Module):
     ) -> Any:
         """What `model.generate(**self(input_ids, attention_mask), **options)` returns: new tokens only.
 
-        A causal model's keys and values of the prompt are computed once and kept until the prompt or the model changes.
-        Where that would not be the same (padding on the left with sliding windows, a bank, dropout, a cache of the
-        caller's, a penalty on repetitions, which reads the mask), and where a model keeps something else, the prompt's
-        rows are computed with the text.
+        A causal model's keys and values of the prompt are computed once for the batch, not in every row. Where that
+        would not be the same (padding on the left with sliding windows, a bank, token types, dropout, another cache, a
+        penalty on repetitions, which reads the mask, arguments of the model's forward or a `generation_config` among
+        the options), and where a model keeps something else, they are computed in every row.
 
         Args:
             input_ids, attention_mask, token_type_ids: [B, n] each, padded on the left, as `generate` wants it.
@@ -227,20 +228,29 @@ class SoftPrompt(nn.Module):
         """
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
-        settings = options.get("generation_config") or getattr(self.model, "generation_config", None)
+        settings = getattr(self.model, "generation_config", None)
 
         def option(name: str) -> Any:
             return options.get(name, getattr(settings, name, None))
 
-        own_cache = option("cache_implementation") or any(name in options for name in _OTHER_CACHES)
-        if self.length and not own_cache and option("use_cache") is not False and option("repetition_penalty") in _NONE:
-            if not any(module.training for module in self.model.modules()):
-                if self._cached is None:
-                    self._cached = CachedPrompt(self.model, self._info)
-                self._info.check_room(self.length, input_ids.shape[-1])
-                copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-                inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies)
-        return self.model.generate(**(self(*given) if inputs is None else inputs), **options)
+        decoding = settings is not None and all(name in vars(settings) or name in _DECODING for name in options)
+        plain = not any(option(name) for name in _OTHER_CACHES) and option("repetition_penalty") in (None, 1.0)
+        trains = any(module.training for module in self.model.modules())
+        if (
+            self.length
+            and decoding
+            and plain
+            and not trains
+            and token_type_ids is None
+            and option("use_cache") is not False
+        ):
+            if self._cached is None:
+                self._cached = CachedPrompt(self.model, self._info)
+            self._info.check_room(self.length, input_ids.shape[-1])
+            copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+            inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies)
+        inputs = self(*given) if inputs is None else inputs
+        return self.model.generate(**inputs, **options)
 
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:
@@ -332,10 +342,11 @@ class SoftPrompt(nn.Module):
         return f"length={self.length}{prompts}, model={type(self.model).__name__}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A prompt for the same model, or, copied as part of something that holds both, for the model's copy.
+        # A prompt for the same model; copied as part of something else, which may hold both, for the model's copy.
+        model = copy.deepcopy(self.model, memo) if memo else self.model
         copied = memo[id(self)] = type(self).__new__(type(self))
         rest = {key: value for key, value in self.__dict__.items() if key not in ("model", "_cached")}
-        copied.__dict__.update(copy.deepcopy(rest, memo), _cached=None, model=memo.get(id(self.model), self.model))
+        copied.__dict__.update(copy.deepcopy(rest, memo), _cached=None, model=model)
         return copied
 
 

@@ -154,3 +154,10 @@ def test_embeddings_that_return_more_than_rows():
     sizes = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(TypeError, match="QuantEmbedding, returns more than its rows"):
         SoftPrompt(IBertModel(IBertConfig(**sizes, intermediate_size=32)), 2)
+
+
+def test_a_flattened_batch_whose_first_text_begins_elsewhere():
+    prompt = SoftPrompt(zoo.build("Llama"), 2)
+    ids = torch.cat(zoo.texts([4, 7]))[None]
+    positions = torch.tensor([[3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6]])
+    assert prompt(ids, position_ids=positions, mode="packed")["cu_seq_lens_q"].tolist() == [0, 6, 15]

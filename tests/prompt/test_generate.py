@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 import zoo
 
 from ptuning_fast import SoftPrompt
@@ -51,7 +52,7 @@ def test_same_tokens(name, options, side, torch_backend):
     assert torch.equal(*found)
 
 
-def test_the_prompt_runs_once_until_something_changes(torch_backend):
+def test_the_prompt_runs_once_for_a_batch_and_nothing_is_kept(torch_backend):
     model = zoo.build("Llama")
     prompt = SoftPrompt(model, zoo.M)
     ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
@@ -60,20 +61,41 @@ def test_the_prompt_runs_once_until_something_changes(torch_backend):
         prompt.generate(ids, mask, max_new_tokens=1)
 
     first()
-    text_alone = [(2, 9)]
-    assert rows_computed(model, first) == text_alone
-    with torch.no_grad():
-        prompt.prompt_embeddings.add_(1)
-    assert rows_computed(model, first) == [(1, zoo.M), *text_alone]
-    assert rows_computed(model, first) == text_alone
-    with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight.mul_(1.1)
-    assert rows_computed(model, first) == [(1, zoo.M), *text_alone]
-    prompt.prompt_embeddings.data.mul_(1.5)  # of which torch keeps no count
-    assert rows_computed(model, first) == [(1, zoo.M), *text_alone]
+    assert rows_computed(model, first) == [(1, zoo.M), (2, 9)]
+    prompt.prompt_embeddings.data.mul_(1.5)
+    model.model.layers[0].self_attn.k_proj.weight.data.mul_(1.1)
+    model.model.layers[1].register_forward_hook(lambda module, args, out: out + 0.5)
     expected = model.generate(**prompt(ids, mask), max_new_tokens=4)
     assert torch.equal(prompt.generate(ids, mask, max_new_tokens=4), expected)
     assert torch.equal(copy.deepcopy(prompt).generate(ids, mask, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [0]])
+def test_texts_without_tokens(lengths, torch_backend):
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts(lengths), "left")
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    expected, actual = (
+        call(**options).logits[0]
+        for call in (lambda **o: model.generate(**prompt(ids, mask), **o), lambda **o: prompt.generate(ids, mask, **o))
+    )
+    assert (actual - expected).abs().max() <= zoo.TOLERANCE
+
+
+def test_token_types_a_config_of_the_callers_and_a_bank_without_an_index(torch_backend):
+    model = zoo.build("GPT-2")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
+    types, options = torch.ones_like(ids), {"max_new_tokens": 4}
+    assert torch.equal(
+        prompt.generate(ids, mask, types, **options), model.generate(**prompt(ids, mask, types), **options)
+    )
+    model.generation_config.num_beams = 2
+    given = {"generation_config": transformers.GenerationConfig(**options)}
+    assert torch.equal(prompt.generate(ids, mask, **given), model.generate(**prompt(ids, mask), **given))
+    with pytest.raises(ValueError, match="give one per row"):
+        SoftPrompt(model, zoo.M, num_prompts=3).generate(ids, mask)
 
 
 @pytest.mark.parametrize(("name", "train"), [("Mistral", False), ("Llama", True)])

@@ -423,3 +423,14 @@ def test_a_cached_prompt_does_not_outlive_training():
         with torch.autocast("cpu", torch.bfloat16):
             assert not torch.equal(prompt.embeddings(), whole)
         assert torch.equal(prompt.embeddings(), whole)
+
+
+@pytest.mark.parametrize("prompt_first", [True, False])
+def test_a_copy_of_what_holds_both_is_whole(prompt_first, torch_backend):
+    model = zoo.build("Llama")
+    both = torch.nn.Module()
+    for name in ("prompt", "model") if prompt_first else ("model", "prompt"):
+        setattr(both, name, SoftPrompt(model, zoo.M) if name == "prompt" else model)
+    copied = copy.deepcopy(both)
+    assert copied.prompt.model is copied.model is not model
+    assert copy.deepcopy(both.prompt).model is model
