@@ -105,8 +105,8 @@ class SoftPrompt(nn.Module):
 
         Args:
             input_ids, attention_mask, token_type_ids: [B, n] each, as a tokenizer returns them, padded on either side.
-            labels: one per token [B, n], which get -100 on the virtual tokens; anything else (classes [B], the labels
-                of an encoder-decoder) goes to the model as it is.
+            labels: one per token [B, n], which get -100 on virtual tokens and on padding; anything else (classes [B], the
+                labels of an encoder-decoder) goes to the model as it is.
             prompt_index: [B] int64 in [0, K), with `num_prompts`.
             mode: `"prepend"`, m + n columns a row. The others are for one forward, not for `generate`; the model's
                 attention must go through transformers' AttentionInterface, its outputs be one per token, and it keeps
@@ -137,7 +137,7 @@ class SoftPrompt(nn.Module):
         info = self._info
         per_token = labels is not None and not info.labels_are_rows and labels.shape == input_ids.shape
         types = token_type_ids if "token_type_ids" in info.takes else None
-        batch = Batch(input_ids, attention_mask, types, labels if per_token else None)
+        batch = Batch(input_ids, attention_mask, types, _off_padding(labels, attention_mask) if per_token else None)
         if flattened:
             batch, lengths = as_rows(batch, **flattened)
         info.check_room(self.length, batch.input_ids.shape[-1])
@@ -348,6 +348,13 @@ class SoftPrompt(nn.Module):
         rest = {key: value for key, value in self.__dict__.items() if key not in ("model", "_cached")}
         copied.__dict__.update(copy.deepcopy(rest, memo), _cached=None, model=model)
         return copied
+
+
+def _off_padding(labels: Any, attention_mask: Any) -> Any:
+    """-100 where the mask is 0, in each mode; what does not fit together the op says itself."""
+    if attention_mask is None or attention_mask.shape != labels.shape or attention_mask.device != labels.device:
+        return labels
+    return labels.masked_fill(attention_mask == 0, -100)
 
 
 def _same_base(ours: str, theirs: str) -> bool:

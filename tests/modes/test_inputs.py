@@ -161,3 +161,13 @@ def test_a_flattened_batch_whose_first_text_begins_elsewhere():
     ids = torch.cat(zoo.texts([4, 7]))[None]
     positions = torch.tensor([[3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6]])
     assert prompt(ids, position_ids=positions, mode="packed")["cu_seq_lens_q"].tolist() == [0, 6, 15]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_on_padding_are_none_in_any_mode(side):
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts(), side)
+    expected = model(**prompt(ids, mask, labels=ids.masked_fill(mask == 0, -100))).loss
+    for mode in ("prepend", "packed", "shared", "auto"):
+        assert (prompt.loss(ids, mask, labels=ids.clone(), mode=mode) - expected).abs() <= 1e-5
