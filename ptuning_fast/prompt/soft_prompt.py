@@ -105,7 +105,7 @@ class SoftPrompt(nn.Module):
 
         Args:
             input_ids, attention_mask, token_type_ids: [B, n] each, as a tokenizer returns them, padded on either side.
-            labels: one per token [B, n], which get -100 on virtual tokens and on padding; anything else (classes [B], the
+            labels: one per token [B, n], which get -100 on virtual tokens and padding; anything else (classes [B], the
                 labels of an encoder-decoder) goes to the model as it is.
             prompt_index: [B] int64 in [0, K), with `num_prompts`.
             mode: `"prepend"`, m + n columns a row. The others are for one forward, not for `generate`; the model's
