@@ -19,9 +19,12 @@ from ..models.info import ModelInfo, unwrapped
 from ..models.probe import off_by, ordinary_tokens, padded, quietly, tolerance
 from ..op import Batch, Layout, Prompt
 
-__all__ = ["CachedPrompt"]
+__all__ = ["CachedPrompt", "copies_of_rows"]
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+# Of generate's options those that change the cache, and those beside its config that concern decoding alone.
+_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+_DECODING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "synced_gpus")
 
 
 class CachedPrompt:
@@ -49,6 +52,22 @@ class CachedPrompt:
         if windows and (padded_left or m >= min(windows)):  # padding behind the prompt would shift a text's windows
             return None
         return _behind(model, self.info, batch, prompt, _filled(model, self.info, prompt), copies)
+
+
+def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:
+    """How many of each row `model.generate(**options)` makes; None where it might read the prompt's rows otherwise."""
+    settings = getattr(model, "generation_config", None)
+
+    def option(name: str) -> Any:
+        return options.get(name, getattr(settings, name, None))
+
+    if settings is None or not all(name in vars(settings) or name in _DECODING for name in options):
+        return None
+    if any(option(name) for name in _OTHER_CACHES) or option("use_cache") is False:
+        return None
+    if option("repetition_penalty") not in (None, 1.0) or any(module.training for module in model.modules()):
+        return None
+    return max(option("num_beams") or 1, option("num_return_sequences") or 1)
 
 
 def _filled(model: Any, info: ModelInfo, prompt: Prompt) -> DynamicCache:

@@ -13,15 +13,11 @@ from ..modes import Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from .encoder import PromptEncoder
-from .generate import CachedPrompt
+from .generate import CachedPrompt, copies_of_rows
 from .initial import initial_prompt
 from .loss import keeps_labelled_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
-
-# Of generate's options those that change the cache, and those beside its config that concern decoding alone.
-_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-_DECODING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "synced_gpus")
 
 
 class SoftPrompt(nn.Module):
@@ -228,26 +224,11 @@ class SoftPrompt(nn.Module):
         """
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
-        settings = getattr(self.model, "generation_config", None)
-
-        def option(name: str) -> Any:
-            return options.get(name, getattr(settings, name, None))
-
-        decoding = settings is not None and all(name in vars(settings) or name in _DECODING for name in options)
-        plain = not any(option(name) for name in _OTHER_CACHES) and option("repetition_penalty") in (None, 1.0)
-        trains = any(module.training for module in self.model.modules())
-        if (
-            self.length
-            and decoding
-            and plain
-            and not trains
-            and token_type_ids is None
-            and option("use_cache") is not False
-        ):
+        copies = copies_of_rows(self.model, options)
+        if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self._info)
             self._info.check_room(self.length, input_ids.shape[-1])
-            copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies)
         inputs = self(*given) if inputs is None else inputs
         return self.model.generate(**inputs, **options)
