@@ -23,7 +23,7 @@ from .arguments import Scores, Sequences
 from .by_length import groups_of
 from .varlen import varlen_attention
 
-__all__ = ["mask_of_packed", "narrowed", "serve_packed"]
+__all__ = ["mask_of_packed", "narrowed", "obstacle_of_attention", "serve_packed"]
 
 OURS = "ptuning_fast_"
 
@@ -32,21 +32,30 @@ def serve_packed(model: Any) -> None:
     """From now on, calls of `model` with `cu_seq_lens_q` compute packed attention; others as before.
 
     Raises:
-        TypeError: an implementation that neither knows of sequences nor is one of the two that ours stand over.
+        TypeError: a model that keeps its implementation.
+        ValueError: an implementation that neither knows of sequences nor is one of the two that ours stand over.
     """
     config = model.config
     before = config._attn_implementation
     if before.startswith(OURS) or "flash_attention" in before:
         return
-    if before not in ("sdpa", "eager"):
-        raise TypeError(
-            f"{type(model).__name__} has the attention implementation {before!r}, which packed batches are not served "
-            "with: take mode='prepend', or load it with attn_implementation='sdpa'"
-        )
+    obstacle = obstacle_of_attention(before)
+    if obstacle is not None:
+        raise ValueError(f"{type(model).__name__}: {obstacle}")
     _register()
     model.set_attn_implementation(OURS + before)
     if config._attn_implementation != OURS + before:
         raise TypeError(f"{type(model).__name__} keeps its attention implementation: take mode='prepend'")
+
+
+def obstacle_of_attention(name: str) -> str | None:
+    """Why packed batches are not served with the attention implementation of this name; None if they are."""
+    if name.startswith(OURS) or "flash_attention" in name or name in ("sdpa", "eager"):
+        return None
+    return (
+        f"the attention implementation is {name!r}, which packed batches are not served with: take mode='prepend', or "
+        "load the model with attn_implementation='sdpa'"
+    )
 
 
 def mask_of_packed(model: Any, embeds: Tensor) -> Tensor | None:
@@ -110,7 +119,7 @@ def _base_attention(base: str, module: nn.Module) -> Callable:
 
 # What models hand to every attention function and what changes nothing here.
 _HARMLESS = {"cu_seq_lens_k", "max_length_k", "position_ids", "use_cache", "deterministic"}
-_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "cache_position"}
+_HARMLESS |= {"output_hidden_states", "return_dict", "token_type_ids", "cache_position"}
 _HARMLESS |= {"shift_labels", "num_items_in_batch"}
 
 

@@ -122,7 +122,7 @@ def _is_understood(attention: nn.Module) -> bool:
 
 
 def _attend(attention: Any, rows: Tensor, texts: list[Tensor], masks: list[Tensor | None]) -> Tensor:
-    """[B, d], what `attention` makes of `rows`, computed in fp32.
+    """[B, d], what `attention` makes of `rows`, computed in fp32 at least.
 
     Args:
         rows: [B, d], one of each text.
@@ -132,16 +132,17 @@ def _attend(attention: Any, rows: Tensor, texts: list[Tensor], masks: list[Tenso
     H, B, d = attention.num_attention_heads, len(rows), rows.shape[-1]
     dropout = attention.dropout.p if attention.training else 0.0
     dtype = rows.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
         (w_q, b_q), (w_k, _), (w_v, b_v) = (
-            (one.weight.float(), None if one.bias is None else one.bias.float())
+            (one.weight.to(wide), None if one.bias is None else one.bias.to(wide))
             for one in (attention.query, attention.key, attention.value)
         )
-        queries = (F.linear(rows.float(), w_q, b_q) * attention.scaling).view(B, H, -1)
+        queries = (F.linear(rows.to(wide), w_q, b_q) * attention.scaling).view(B, H, -1)
         queries = torch.einsum("bhe,hed->bhd", queries, w_k.view(H, -1, w_k.shape[1]))
         sums, totals = [], []
         for query, text, mask in zip(queries.split([len(text) for text in texts]), texts, masks):
-            text = text.float()
+            text = text.to(wide)
             # In this order the gradient by `text` comes out in its own layout.
             scores = torch.bmm(text, query.transpose(1, 2)).transpose(1, 2)
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)

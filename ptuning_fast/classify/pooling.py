@@ -33,11 +33,12 @@ def pooled_columns(pooling: str, m: int, embedded: Embedded, mask: Tensor | None
     S, start_of = embedded.inputs_embeds.shape[1], embedded.prompt_start
     if mask is None or m == S or (pooling == "first" and start_of is None):
         return {"first": 0, "cls": min(m, S - 1), "last": S - 1}[pooling]
-    if pooling == "last":
-        return S - 1 - (mask != 0).flip(1).int().argmax(1)
-    if start_of is None:  # the prompt at column 0 whatever the padding: as the torch.cat module has it
-        return m + (mask != 0).int().argmax(1)
-    return start_of.long() if pooling == "first" else (start_of.long() + m).clamp(max=S - 1)
+    start = mask.new_zeros(len(mask), dtype=torch.int64) if start_of is None else start_of.long()
+    if pooling == "first":
+        return start
+    there = (mask != 0).int()
+    column = there.argmax(1) if pooling == "cls" else S - m - 1 - there.flip(1).argmax(1)
+    return torch.where(there.any(1), m + column, (start + m - 1).clamp(min=0))
 
 
 def mean_of_tokens(hidden: Tensor, m: int, mask: Tensor | None, ends: Tensor | None) -> Tensor:

@@ -52,6 +52,21 @@ class ModelInfo:
                 stacklevel=4,
             )
 
+    def check_mask(self, attention_mask: Tensor | None, may_wait: bool) -> None:
+        """A warning where a row has padding between its tokens; on a GPU only where the host may wait for an answer."""
+        mask = attention_mask
+        if mask is None or mask.dim() != 2 or torch.compiler.is_compiling() or not (may_wait or mask.is_cpu):
+            return
+        there = mask != 0
+        begins = (there[:, 1:] & ~there[:, :-1]).sum(1) + there[:, :1].sum(1)
+        if (begins > 1).any():
+            warnings.warn(
+                "attention_mask has padding between the tokens of a row: mode 'prepend' keeps that column (it predicts "
+                "the label behind it, and counts in a sliding window), and the others leave it out: put the padding at "
+                "one end for the same results in each mode",
+                stacklevel=4,
+            )
+
     def check_per_token(self) -> None:
         """TypeError for a model whose outputs or labels are not one per token, as those of a packed batch are."""
         if not self.per_token:
@@ -122,7 +137,7 @@ def describe(model: nn.Module) -> ModelInfo:
 
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 _PER_TEXT: tuple[str, ...] = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
-_PER_TEXT += ("ForNextSentencePrediction", "ForPreTraining", "DoubleHeadsModel")
+_PER_TEXT += ("ForNextSentencePrediction", "ForPreTraining")
 
 
 def is_a(model: nn.Module, *ends: str) -> bool:
@@ -147,6 +162,8 @@ def _refuse(model: Any) -> None:
         raise TypeError(
             f"{name} embeds its tokens anew in every layer and needs their input_ids for that; a prompt has none"
         )
+    if is_a(model, "DoubleHeadsModel"):
+        raise TypeError(f"{name} reads the column that mc_token_ids names, which a prompt moves: take ...LMHeadModel")
     if model.config.is_encoder_decoder and is_a(model, "ForSequenceClassification"):
         raise TypeError(f"{name} finds the token that it classifies in the input_ids; a prompt has none")
 

@@ -24,12 +24,12 @@ def as_rows(
     Args:
         batch: `input_ids`, and `token_type_ids` and `labels` or None, [1, T] each.
         position_ids: [1, T], which rise by one within each sequence: they tell the sequences apart where
-        cu_seq_lens_q: [B+1], the first token of each sequence, and T, is not given. On the CPU, as a collator makes it,
-            nothing waits for the GPU.
+        cu_seq_lens_q: [B+1], the first token of each sequence, and T, is not given; where both are, they must
+            agree. On the CPU, as a collator makes them, nothing waits for the GPU.
 
     Raises:
         TypeError: an argument that no such collator gives.
-        ValueError: tensors of another shape, or ends of sequences that are none.
+        ValueError: tensors of another shape, ends of sequences that are none, or two accounts of them.
     """
     unknown = ", ".join(sorted(set(rest) - _REST))
     if unknown:
@@ -42,16 +42,21 @@ def as_rows(
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(f"a batch without padding is [1, T]; input_ids are {list(ids.shape)}")
     T = ids.shape[1]
-    if cu_seq_lens_q is not None:
-        ends = cu_seq_lens_q.tolist()
-    else:
-        assert position_ids is not None
+    ends = None if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    if position_ids is not None:
         if position_ids.shape != ids.shape:
             raise ValueError(
                 f"position_ids must be {list(ids.shape)}, as input_ids; they are {list(position_ids.shape)}"
             )
         begins = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero()[:, 0] + 1
-        ends = [0, *begins.tolist(), T]
+        counted = [0, *begins.tolist(), T]
+        if ends is not None and sorted({0, *ends}) != sorted({*counted}):
+            raise ValueError(
+                f"position_ids start again at {counted[1:-1]}, and cu_seq_lens_q says {ends}: give one of them, "
+                "or mend the other"
+            )
+        ends = counted if ends is None else ends
+    assert ends is not None
     lengths = [end - start for start, end in pairwise(ends)]
     if not lengths or ends[0] != 0 or ends[-1] != T or min(lengths) < 0:
         raise ValueError(f"cu_seq_lens_q must rise from 0 to {T}, the number of tokens; it is {ends}")

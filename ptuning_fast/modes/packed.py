@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.interface import mask_of_packed, narrowed, serve_packed
+from ..attention.interface import mask_of_packed, narrowed, obstacle_of_attention, serve_packed
 from ..models.embedding import prepend
 from ..models.info import ModelInfo, unwrapped
 from ..models.positions import counts_columns
@@ -26,6 +26,7 @@ class Packed(Mode):
 
     Raises:
         TypeError: a model that cannot be given a packed batch, with the reason.
+        ValueError: one that cannot as it is set now.
     """
 
     name: str = "packed"
@@ -36,6 +37,9 @@ class Packed(Mode):
         info.check_per_token()
         inner = unwrapped(model)
         _check(inner)
+        obstacle = _obstacle(inner)
+        if obstacle is not None:  # for now: not as the TypeErrors are, which nothing changes
+            raise ValueError(obstacle)
         before = inner.config._attn_implementation
         serve_packed(inner)
         with narrowed(NARROW):
@@ -54,6 +58,9 @@ class Packed(Mode):
         if found.error is not None:
             reason = found.error.partition(": take mode=")[0]
         raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
+
+    def obstacle(self, model: Any, prompt: Prompt) -> str | None:
+        return _obstacle(unwrapped(model))
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         return self._embed_packed(model, batch, prompt, self.info.position_start, layout)
@@ -78,6 +85,15 @@ class Packed(Mode):
         return [(0, slice(start + m, end)) for start, end in pairwise(ends)], ends[-1]
 
 
+def _obstacle(model: Any) -> str | None:
+    if getattr(model.config, "output_router_logits", False):
+        return (
+            f"{type(model).__name__} adds a loss over its routers' choices, which counts padding as a mask tells it: "
+            "take mode='prepend', or set output_router_logits=False in its config"
+        )
+    return obstacle_of_attention(model.config._attn_implementation)
+
+
 def _check(model: Any) -> None:
     """TypeError for a model that says of itself that it cannot be given a packed batch.
 
@@ -89,11 +105,6 @@ def _check(model: Any) -> None:
         raise TypeError(
             f"{name} computes its attention by itself (biases on the scores, or an encoder-decoder), so it cannot be "
             "given a packed batch: take mode='prepend'"
-        )
-    if getattr(config, "output_router_logits", False):
-        raise TypeError(
-            f"{name} adds a loss over its routers' choices, which counts padding as a mask tells it: take "
-            "mode='prepend', or set output_router_logits=False in its config"
         )
     if config.get_text_config() is not config:
         raise TypeError(f"{name} is more than a text model, which packed batches are for: take mode='prepend'")

@@ -34,16 +34,17 @@ class Shared(Packed):
         info.check_per_token()
         if inner.config.is_encoder_decoder or not _is_causal(inner):
             raise TypeError(f"{info.name} is not causal: its virtual tokens depend on the text, so take mode='prepend'")
-        if "flash_attention" in inner.config._attn_implementation:
-            raise TypeError(
-                f"{info.name} has attn_implementation={inner.config._attn_implementation!r}, which cannot be told that "
-                "texts share a prompt: load it with 'sdpa' (which is flash attention on a GPU), or take mode='packed'"
-            )
+        of_flash = _obstacle_of_flash(inner)
+        if of_flash is not None:
+            raise ValueError(f"{info.name}: {of_flash}")
         super().__init__(model, info)
 
     def obstacle(self, model: Any, prompt: Prompt) -> str | None:
         if prompt.prompt_index is not None:
             return "the texts of a bank have different prompts: take mode='packed'"
+        of_attention = _obstacle_of_flash(unwrapped(model)) or super().obstacle(model, prompt)
+        if of_attention is not None:
+            return of_attention
         for module in unwrapped(model).modules():
             names = ("p", "attention_dropout", "dropout", "hidden_dropout", "layerdrop") if module.training else ()
             if any(isinstance(rate := getattr(module, name, 0), float) and rate > 0 for name in names):
@@ -85,6 +86,16 @@ class Shared(Packed):
         assert embedded.cu_seq_lens is not None
         ends = embedded.cu_seq_lens.tolist()
         return [(0, slice(start + min(m, 1), end)) for start, end in pairwise(ends[m > 1 :])], ends[-1]
+
+
+def _obstacle_of_flash(model: Any) -> str | None:
+    name = model.config._attn_implementation
+    if "flash_attention" not in name:
+        return None
+    return (
+        f"attn_implementation={name!r} cannot be told that texts share a prompt: load the model with 'sdpa' (which is "
+        "flash attention on a GPU), or take mode='packed'"
+    )
 
 
 def _prefix_length(prompt: Prompt) -> int:

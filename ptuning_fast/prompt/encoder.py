@@ -23,7 +23,12 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, kind: str, d: int, hidden_size: int | None = None, num_layers: int = 2, dropout: float = 0.0):
         super().__init__()
-        hidden_size = hidden_size or d
+        hidden_size = d if hidden_size is None else hidden_size
+        if hidden_size < 1 or num_layers < 1 or not 0 <= dropout <= 1:
+            raise ValueError(
+                "encoder_hidden_size and encoder_num_layers must be 1 or more and encoder_dropout between 0 and 1; "
+                f"they are {hidden_size}, {num_layers} and {dropout}"
+            )
         widths: tuple[int, ...]
         self.lstm_head: nn.LSTM | None = None
         if kind == "mlp":

@@ -26,6 +26,8 @@ def initial_prompt(init: str | Tensor, length: int, embedding: Any, tokenizer: A
             raise ValueError(
                 f"init must be [{length}, {d}] (prompt length, embedding width); it is {tuple(init.shape)}"
             )
+        if not init.isfinite().all():
+            raise ValueError("init has values that are not finite: nothing could be trained from there")
         return init.detach().float().clone()
     if not isinstance(init, str):
         raise TypeError(f"init must be 'normal', 'vocab', a text or a tensor, not {type(init).__name__}")

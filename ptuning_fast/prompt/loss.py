@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import ordinary_tokens, quietly
 
-__all__ = ["keeps_labelled_rows", "on_labelled_rows"]
+__all__ = ["check_items", "keeps_labelled_rows", "on_labelled_rows"]
 
 
 def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +41,24 @@ def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
     with quietly(inner):
         try:
             whole, kept = (inner(**inputs).loss.float() for inputs in (given, on_labelled_rows(given)))
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        except Exception:  # whatever a loss makes of arguments that it does not know
             return False
     return torch.allclose(whole, kept, rtol=1e-4 if inner.dtype == torch.float32 else 1e-2)
+
+
+def check_items(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether it can be seen from this batch that the model's loss is divided by `num_items_in_batch`.
+
+    Raises:
+        ValueError: the loss is the same whatever that is, as those of masked language models and classifiers are.
+    """
+    name = type(unwrapped(model)).__name__
+    ignored = f"the loss of {name} does not go by num_items_in_batch: leave it out, and weigh the batches' losses"
+    with quietly(model):
+        try:
+            one, two = (model(**inputs, num_items_in_batch=items).loss.item() for items in (1, 2))
+        except TypeError as error:
+            raise ValueError(f"{ignored} ({error})") from None
+    if one == two and one != 0:
+        raise ValueError(ignored)
+    return one != two and one == one

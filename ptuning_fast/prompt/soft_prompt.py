@@ -15,7 +15,7 @@ from ..op import Batch, Layout, Prompt
 from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
 from .initial import initial_prompt
-from .loss import keeps_labelled_rows, on_labelled_rows
+from .loss import check_items, keeps_labelled_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
 
@@ -63,7 +63,8 @@ class SoftPrompt(nn.Module):
         self._info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
-        self._keeps_labelled_rows: bool | None = None  # of its head; None: not checked yet
+        self._keeps_labelled_rows: tuple[Any, bool] | None = None  # of its head, with a loss function; None: unchecked
+        self._divides_by_items = False  # whether its loss is known to
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -135,12 +136,16 @@ class SoftPrompt(nn.Module):
         types = token_type_ids if "token_type_ids" in info.takes else None
         batch = Batch(input_ids, attention_mask, types, _off_padding(labels, attention_mask) if per_token else None)
         if flattened:
+            if lengths is not None:
+                raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
+        if self.length == 0 and per_token and getattr(unwrapped(self.model), "loss_type", None) == "ForCausalLM":
+            batch = batch._replace(labels=_without_first(batch))
         info.check_room(self.length, batch.input_ids.shape[-1])
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
-            rows_apart = labels is not None and not (per_token and (self.length or flattened))
-            served = self._mode("prepend") if rows_apart else self._fewest_rows(prompt, batch)
+            of_rows = labels is not None and not per_token
+            served = self._mode("prepend") if of_rows else self._fewest_rows(prompt, batch)
         else:
             served = self._mode(mode)
         obstacle = served.obstacle(self.model, prompt)
@@ -152,11 +157,7 @@ class SoftPrompt(nn.Module):
             lengths = None
         if served.packed and labels is not None and not per_token:
             raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
-        if served.packed and labels is not None and self.length == 0 and not flattened:
-            raise ValueError(
-                "mode='packed' with labels needs a prompt of one virtual token at least: the end of one text would be "
-                "held to predict the first token of the next; take mode='prepend'"
-            )
+        info.check_mask(None if flattened else batch.attention_mask, served.packed and lengths is None)
         embedded = served.embed(self.model, batch, prompt, Layout(lengths=lengths))
         inputs = served.inputs(self.model, embedded, prompt)
         if labels is not None and not per_token:
@@ -187,18 +188,20 @@ class SoftPrompt(nn.Module):
                 accumulation; their own number by default.
 
         Raises:
-            ValueError: no labels; and what `forward` raises.
+            ValueError: no labels; `num_items_in_batch` for a model whose loss does not go by it; what `forward` raises.
         """
         if labels is None:
             raise ValueError("a loss needs labels: one per token, or what else the model takes")
         inputs = self(
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
-        if self._keeps_labelled_rows is None:
-            self._keeps_labelled_rows = keeps_labelled_rows(self.model, self._info)
-        if self._keeps_labelled_rows and inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
+        loss_function = getattr(unwrapped(self.model), "loss_function", None)
+        if self._keeps_labelled_rows is None or self._keeps_labelled_rows[0] is not loss_function:
+            self._keeps_labelled_rows = loss_function, keeps_labelled_rows(self.model, self._info)
+        if self._keeps_labelled_rows[1] and inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
             inputs = on_labelled_rows(inputs)
         if num_items_in_batch is not None:
+            self._divides_by_items = self._divides_by_items or check_items(self.model, inputs)
             inputs["num_items_in_batch"] = num_items_in_batch
         return self.model(**inputs).loss
 
@@ -252,7 +255,7 @@ class SoftPrompt(nn.Module):
         for name in sorted(rows, key=rows.__getitem__):
             try:
                 mode = self._mode(name)
-            except TypeError:
+            except (TypeError, ValueError):
                 continue
             if mode.obstacle(self.model, prompt) is None:
                 return mode
@@ -336,6 +339,13 @@ def _off_padding(labels: Any, attention_mask: Any) -> Any:
     if attention_mask is None or attention_mask.shape != labels.shape or attention_mask.device != labels.device:
         return labels
     return labels.masked_fill(attention_mask == 0, -100)
+
+
+def _without_first(batch: Batch) -> Tensor:
+    """Labels for a causal loss without virtual tokens: what predicts a text's first token would be another text's."""
+    assert batch.labels is not None
+    there = torch.ones_like(batch.labels) if batch.attention_mask is None else (batch.attention_mask != 0).long()
+    return batch.labels.masked_fill((there.cumsum(1) == 1) & (there == 1), -100)
 
 
 def _same_base(ours: str, theirs: str) -> bool:

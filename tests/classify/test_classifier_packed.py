@@ -85,3 +85,22 @@ def test_compiled():
     fast = build("BERT", mode="packed").eval()
     ids, mask = zoo.padded(zoo.texts(), "right")
     assert_same([torch.compile(fast, backend="aot_eager")(ids, mask)], [fast(ids, mask)])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last"])
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+@pytest.mark.parametrize("name", ["BERT", "ModernBERT"])
+def test_a_text_without_tokens_is_the_last_row_of_its_prompt(name, mode, pooling):
+    """Whatever stands under its padding: the same classes as of the prompt alone."""
+    fast = build(name, mode=mode, pooling=pooling)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    mask[2] = 0
+    alone = fast(ids[2:3, :0], mask[2:3, :0])
+    assert_same([fast(ids, mask)[2:3]], [alone])
+
+
+def test_pooled_attention_of_a_double_precision_encoder():
+    """Computed in its own precision, not in fp32."""
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    whole, pruned = (build("BERT", prune=prune).double() for prune in (False, True))
+    assert (pruned(ids, mask) - whole(ids, mask)).abs().max() < 1e-12

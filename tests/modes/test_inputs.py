@@ -171,3 +171,58 @@ def test_labels_on_padding_are_none_in_any_mode(side):
     expected = model(**prompt(ids, mask, labels=ids.masked_fill(mask == 0, -100))).loss
     for mode in ("prepend", "packed", "shared", "auto"):
         assert (prompt.loss(ids, mask, labels=ids.clone(), mode=mode) - expected).abs() <= 1e-5
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared", "auto", "flattened"])
+def test_without_virtual_tokens_no_text_predicts_the_next(mode, side):
+    """Labels on the first token of each text, which nothing of that text predicts, count in no layout."""
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, 0)
+    ids, mask = zoo.padded(zoo.texts(), side)
+    labels = ids.masked_fill(mask == 0, -100)
+    expected = [model(input_ids=text[None], labels=text[None]).loss * (len(text) - 1) for text in zoo.texts()]
+    if mode == "flattened":
+        kept = mask != 0
+        ends = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        inputs = prompt(ids[kept][None], labels=labels[kept][None], cu_seq_lens_q=ends, mode="packed")
+    else:
+        inputs = prompt(ids, mask, labels=labels, mode=mode)
+    count = int((mask.sum(1) - 1).sum())
+    total = torch.stack([loss for loss in expected if loss == loss]).sum()
+    assert same(model(**inputs).loss, total / count)
+
+
+def test_two_accounts_of_where_texts_begin():
+    prompt = SoftPrompt(zoo.build("Llama"), 3)
+    ids, positions = torch.arange(1, 6)[None], torch.tensor([[0, 1, 2, 0, 1]])
+    prompt(ids, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 3, 5]), mode="packed")
+    with pytest.raises(ValueError, match=r"start again at \[3\], and cu_seq_lens_q says \[0, 2, 5\]"):
+        prompt(ids, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 2, 5]), mode="packed")
+    with pytest.raises(ValueError, match="lengths is for padded rows;"):
+        prompt(ids, position_ids=positions, lengths=[2, 3], mode="packed")
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
+def test_padding_between_tokens_is_warned_of(mode):
+    prompt = SoftPrompt(zoo.build("Llama"), 3)
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompt(ids, mask, mode=mode)
+        prompt(ids, mask.flip(1), mode=mode)
+    mask[1, -2] = 0
+    with pytest.warns(UserWarning, match="padding between the tokens of a row"):
+        prompt(ids, mask, mode=mode)
+
+
+def test_columns_that_a_prompt_would_move():
+    with pytest.raises(TypeError, match="mc_token_ids"):
+        SoftPrompt(zoo.build("GPT-2", "GPT2DoubleHeadsModel"), 3)
+
+
+def test_attention_weights_are_not_there_in_a_packed_call():
+    model = zoo.build("Llama")
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with pytest.raises(TypeError, match="output_attentions"):
+        model(**SoftPrompt(model, 3)(ids, mask, mode="packed"), output_attentions=True)

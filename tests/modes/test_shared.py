@@ -119,7 +119,7 @@ def test_refusals(torch_backend):
         bank(ids, mask, prompt_index=torch.tensor([0, 1, 1, 0]), mode="shared")
     mixture = sweep.build("mixtral", CLASSES["mixtral"], "sdpa")
     mixture.config.output_router_logits = True
-    with pytest.raises(TypeError, match="routers' choices"):
+    with pytest.raises(ValueError, match="routers' choices"):
         SoftPrompt(mixture, 3)(ids, mask, mode="shared")
 
 

@@ -49,12 +49,12 @@ def test_no_gradient_on_a_cpu():
 
 def test_packed_batches_are_refused():
     _, (prompt, model) = pair()
-    with pytest.raises(TypeError, match=r"'flex_attention', which packed .* attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"'flex_attention', which packed .* attn_implementation='sdpa'"):
         prompt(*zoo.padded(zoo.texts(), "right"), mode="packed")
-    with pytest.raises(TypeError, match=r"'flex_attention', which packed .* attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"'flex_attention', which packed .* attn_implementation='sdpa'"):
         prompt(*zoo.padded(zoo.texts(), "right"), mode="shared")
     encoder = zoo.build("BERT")
     encoder.set_attn_implementation("flex_attention")
-    with pytest.raises(TypeError, match=r"'flex_attention', which packed .* attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"'flex_attention', which packed .* attn_implementation='sdpa'"):
         FastPTuning(encoder, zoo.M, mode="packed")
     assert model.config._attn_implementation == encoder.config._attn_implementation == "flex_attention"

@@ -125,3 +125,57 @@ def test_auto_takes_the_fewest_rows_that_are_exact_as_the_model_stands(torch_bac
     # Of as many rows, those without ado: one text has nothing to share, and no padding.
     inputs = SoftPrompt(model, zoo.M)(ids[3:], mask[3:], mode="auto")
     assert "cu_seq_lens_q" not in inputs
+
+
+def test_auto_falls_back_when_a_model_is_changed(torch_backend):
+    """What stands against a mode is looked for at each call, not at the first alone."""
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    mixture = build("mixtral")
+    prompt = SoftPrompt(mixture, 3)
+    assert prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == 1
+    mixture.config.output_router_logits = True
+    assert prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == len(ids)
+    model = build("llama")
+    prompt = SoftPrompt(model, 3)
+    assert "prefix_length" in prompt(ids, mask, mode="auto")
+    model.config._attn_implementation = "flash_attention_2"  # as where it is installed
+    inputs = prompt(ids, mask, mode="auto")
+    assert "prefix_length" not in inputs and inputs["inputs_embeds"].shape[0] == 1
+    model.set_attn_implementation("flex_attention")
+    assert prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == len(ids)
+
+
+def test_a_loss_function_that_is_replaced(torch_backend):
+    """One that knows nothing of kept rows has all of them."""
+    model = build("llama")
+    prompt = SoftPrompt(model, 3)
+    ids, mask, labels = batch("last")
+    prompt.loss(ids, mask, labels=labels)
+
+    def squares(logits, labels, vocab_size, **kwargs):
+        assert logits.shape[1] == labels.shape[1]
+        return logits.square().mean()
+
+    model.loss_function = squares
+    expected = model(**prompt(ids, mask, labels=labels)).loss
+    assert_same([prompt.loss(ids, mask, labels=labels, mode="prepend")], [expected])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("BERT", "BertForMaskedLM"),
+        ("BERT", "BertForTokenClassification"),
+        ("BERT", "BertForSequenceClassification"),
+        ("T5", "T5ForConditionalGeneration"),
+        ("BART", "BartForConditionalGeneration"),
+    ],
+)
+def test_losses_that_do_not_go_by_the_number_of_items_say_so(name, kind, torch_backend):
+    model = zoo.build(name, kind)
+    prompt = SoftPrompt(model, 3)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    labels = torch.tensor([0, 1, 1, 0]) if "Sequence" in kind else (ids % 2).masked_fill(mask == 0, -100)
+    prompt.loss(ids, mask, labels=labels)
+    with pytest.raises(ValueError, match=f"the loss of {kind} does not go by num_items_in_batch"):
+        prompt.loss(ids, mask, labels=labels, num_items_in_batch=7)

@@ -325,6 +325,15 @@ def test_init(minilm):
         SoftPrompt(zoo.build("Llama"), 3, init="a text")
 
 
+def test_settings_that_cannot_be_trained():
+    model = zoo.build("Llama")
+    with pytest.raises(ValueError, match="not finite"):
+        SoftPrompt(model, 3, init=torch.full((3, zoo.D), float("nan")))
+    for options in ({"encoder_hidden_size": 0}, {"encoder_num_layers": 0}, {"encoder_dropout": 1.5}):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            SoftPrompt(model, 3, encoder="lstm", **options)
+
+
 def test_init_of_a_scaled_embedding():
     """Sampled rows are as long as the rows that the model sees: those times the factor."""
     model = zoo.build("Gemma 3")
