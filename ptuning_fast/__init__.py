@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import reference as reference
     from .classify.classifier import FastPTuning
+    from .files.checkpoint import trained_only
     from .op import prepend_prompt
+    from .prompt.prompted_model import PromptedModel
     from .prompt.soft_prompt import SoftPrompt
 
-__all__ = ["FastPTuning", "SoftPrompt", "prepend_prompt"]
+__all__ = ["FastPTuning", "PromptedModel", "SoftPrompt", "prepend_prompt", "trained_only"]
 
 # Each name is imported when it is asked for: the op needs no transformers, and `--help` no torch.
 _HOME = {
     "FastPTuning": "classify.classifier",
+    "PromptedModel": "prompt.prompted_model",
     "SoftPrompt": "prompt.soft_prompt",
     "prepend_prompt": "op",
+    "trained_only": "files.checkpoint",
 }
 
 

@@ -46,6 +46,10 @@ class Mode:
         """Where the outputs of each text stand, (row, columns), and how many columns a row of outputs has."""
         raise NotImplementedError
 
+    def of_tokens(self, rows: Tensor, inputs: dict[str, Any], batch: Batch, m: int) -> Tensor:
+        """[B, n, ...]: of what a model gives for each row of `inputs`, that of the tokens, column by column."""
+        raise NotImplementedError
+
     def probe(self, model: nn.Module) -> bool:
         """Probe an architecture that has no row in the table: whether padding on the left changes a text's outputs.
 

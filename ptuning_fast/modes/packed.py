@@ -3,7 +3,8 @@
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..attention.interface import mask_of_packed, narrowed, obstacle_of_attention, serve_packed
 from ..models.embedding import prepend
@@ -79,10 +80,23 @@ class Packed(Mode):
         mask = mask_of_packed(unwrapped(model), embedded.inputs_embeds.detach())
         return inputs if mask is None else inputs | {"attention_mask": mask}
 
+    def of_tokens(self, rows: Tensor, inputs: dict[str, Any], batch: Batch, m: int) -> Tensor:
+        return of_sequences(rows, inputs["cu_seq_lens_q"][:-1], m, batch)
+
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
         assert embedded.cu_seq_lens is not None
         ends = embedded.cu_seq_lens.tolist()
         return [(0, slice(start + m, end)) for start, end in pairwise(ends)], ends[-1]
+
+
+def of_sequences(rows: Tensor, starts: Tensor, m: int, batch: Batch) -> Tensor:
+    """Packed rows [1, T, ...] as [B, n, ...], 0 on padding; m rows from each of `starts` are virtual tokens."""
+    is_token = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
+    is_token[(starts[:, None] + torch.arange(m, device=rows.device)).flatten()] = False
+    ids, mask = batch.input_ids, batch.attention_mask
+    out = rows.new_zeros(*ids.shape, *rows.shape[2:])
+    there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    return out.masked_scatter(there.view(*ids.shape, *[1] * (rows.dim() - 2)), rows[0, is_token])
 
 
 def _obstacle(model: Any) -> str | None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.embedding import prepend
 from ..models.info import ModelInfo
@@ -35,6 +35,9 @@ class Prepend(Mode):
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         return embedded.as_inputs()
+
+    def of_tokens(self, rows: Tensor, inputs: dict[str, Any], batch: Batch, m: int) -> Tensor:
+        return rows[:, m:]
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
         assert batch.attention_mask is not None

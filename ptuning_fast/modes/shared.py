@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import is_causal
 from ..op import Batch, Embedded, Layout, Prompt
-from .packed import Packed
+from .packed import Packed, of_sequences
 
 __all__ = ["Shared"]
 
@@ -81,6 +81,11 @@ class Shared(Packed):
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         return super().inputs(model, embedded, prompt) | {"prefix_length": _prefix_length(prompt)}
+
+    def of_tokens(self, rows: Tensor, inputs: dict[str, Any], batch: Batch, m: int) -> Tensor:
+        P = inputs["prefix_length"]
+        ends = inputs["cu_seq_lens_q"]
+        return of_sequences(rows[:, P:], ends[1 if P else 0 : -1] - P, min(m, 1), batch)
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
         assert embedded.cu_seq_lens is not None

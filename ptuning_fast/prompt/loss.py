@@ -6,15 +6,17 @@ transformers' heads take the rows as `logits_to_keep`, its causal loss the label
 (loss/loss_utils.py); whatever a head does to its logits (softcap, scale) is still done by it.
 """
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import ordinary_tokens, quietly
 
-__all__ = ["check_items", "keeps_labelled_rows", "on_labelled_rows"]
+__all__ = ["goes_by_items", "has_causal_loss", "keeps_labelled_rows", "on_labelled_rows"]
 
 
 def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -32,11 +34,9 @@ def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
 def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
     """Whether the loss of `on_labelled_rows` is the model's: it takes both arguments, and gives the same for a text."""
     inner = unwrapped(model)
-    if "logits_to_keep" not in info.takes or getattr(inner, "loss_type", None) != "ForCausalLM":
+    if not {"logits_to_keep", "labels"} <= info.takes:
         return False
-    device = inner.get_input_embeddings().weight.device
-    ids = torch.tensor([ordinary_tokens(inner.config, inner.config.get_text_config().vocab_size, 6)], device=device)
-    labels = ids.masked_fill(torch.tensor([[True, True, True, False, True, False]], device=device), -100)
+    ids, labels = _short_text(inner)
     given = {"input_ids": ids, "labels": labels}
     with quietly(inner):
         try:
@@ -46,19 +46,31 @@ def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
     return torch.allclose(whole, kept, rtol=1e-4 if inner.dtype == torch.float32 else 1e-2)
 
 
-def check_items(model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether it can be seen from this batch that the model's loss is divided by `num_items_in_batch`.
+def has_causal_loss(model: Any) -> bool:
+    """Whether the loss of a token's label is that of the row before it, as transformers computes it."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
-    Raises:
-        ValueError: the loss is the same whatever that is, as those of masked language models and classifiers are.
-    """
-    name = type(unwrapped(model)).__name__
-    ignored = f"the loss of {name} does not go by num_items_in_batch: leave it out, and weigh the batches' losses"
-    with quietly(model):
+    inner = unwrapped(model)
+    takes_labels = "labels" in inspect.signature(inner.forward).parameters
+    return takes_labels and getattr(inner, "loss_function", None) is ForCausalLMLoss
+
+
+def goes_by_items(model: Any, info: ModelInfo) -> bool:
+    """Whether the loss of a short text depends on `num_items_in_batch`, by which a sum is then divided."""
+    inner = unwrapped(model)
+    ids, _ = _short_text(inner)
+    of_row = info.labels_are_rows and not inner.config.is_encoder_decoder
+    given = {"input_ids": ids, "labels": torch.zeros_like(ids[:, 0] if of_row else ids)}
+    with quietly(inner):
         try:
-            one, two = (model(**inputs, num_items_in_batch=items).loss.item() for items in (1, 2))
-        except TypeError as error:
-            raise ValueError(f"{ignored} ({error})") from None
-    if one == two and one != 0:
-        raise ValueError(ignored)
+            one, two = (inner(**given, num_items_in_batch=items).loss.item() for items in (1, 2))
+        except Exception:  # whatever a loss makes of arguments that it does not know
+            return False
     return one != two and one == one
+
+
+def _short_text(model: Any) -> tuple[Tensor, Tensor]:
+    """[1, 6] ids, and labels of some of them."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([ordinary_tokens(model.config, model.config.get_text_config().vocab_size, 6)], device=device)
+    return ids, ids.masked_fill(torch.tensor([[True, True, True, False, True, False]], device=device), -100)

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,17 @@ from ..op import Batch, Layout, Prompt
 from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
 from .initial import initial_prompt
-from .loss import check_items, keeps_labelled_rows, on_labelled_rows
+from .loss import goes_by_items, has_causal_loss, keeps_labelled_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
+
+
+class LaidOut(NamedTuple):
+    """A batch behind a prompt: in which mode, its rows [B, n], and the arguments of the model."""
+
+    mode: Mode
+    batch: Batch
+    inputs: dict[str, Any]
 
 
 class SoftPrompt(nn.Module):
@@ -64,7 +72,7 @@ class SoftPrompt(nn.Module):
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
         self._keeps_labelled_rows: tuple[Any, bool] | None = None  # of its head, with a loss function; None: unchecked
-        self._divides_by_items = False  # whether its loss is known to
+        self._goes_by_items: bool | None = None  # its loss, by num_items_in_batch; None: unchecked
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -126,6 +134,21 @@ class SoftPrompt(nn.Module):
             ValueError: more columns than the model has positions; padding that it cannot be told of.
             TypeError: a mode that the model cannot be served in, with the reason.
         """
+        given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, mode, lengths)
+        return self.laid_out(*given, **flattened).inputs
+
+    def laid_out(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        labels: Tensor | None,
+        prompt_index: Tensor | None,
+        mode: str,
+        lengths: list[int] | Tensor | None = None,
+        **flattened: Any,
+    ) -> LaidOut:
+        """`forward`, with the mode that "auto" stands for and the batch in rows."""
         if (prompt_index is None) != (self.num_prompts is None):
             raise ValueError(
                 "prompt_index chooses from the prompts of num_prompts: "
@@ -139,7 +162,7 @@ class SoftPrompt(nn.Module):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
-        if self.length == 0 and per_token and getattr(unwrapped(self.model), "loss_type", None) == "ForCausalLM":
+        if self.length == 0 and per_token and has_causal_loss(self.model):
             batch = batch._replace(labels=_without_first(batch))
         info.check_room(self.length, batch.input_ids.shape[-1])
         prompt = Prompt(self.embeddings(), prompt_index)
@@ -162,7 +185,7 @@ class SoftPrompt(nn.Module):
         inputs = served.inputs(self.model, embedded, prompt)
         if labels is not None and not per_token:
             inputs["labels"] = labels
-        return inputs
+        return LaidOut(served, batch, inputs)
 
     def loss(
         self,
@@ -201,9 +224,25 @@ class SoftPrompt(nn.Module):
         if self._keeps_labelled_rows[1] and inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
             inputs = on_labelled_rows(inputs)
         if num_items_in_batch is not None:
-            self._divides_by_items = self._divides_by_items or check_items(self.model, inputs)
+            if not self.goes_by_items:
+                raise ValueError(
+                    f"the loss of {self._info.name} does not go by num_items_in_batch: leave it out, and weigh the "
+                    "batches' losses"
+                )
             inputs["num_items_in_batch"] = num_items_in_batch
         return self.model(**inputs).loss
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the model's outputs are one per token."""
+        return self._info.per_token
+
+    @property
+    def goes_by_items(self) -> bool:
+        """Whether the model's loss is divided by `num_items_in_batch`: those of classifiers, for one, are not."""
+        if self._goes_by_items is None:
+            self._goes_by_items = goes_by_items(self.model, self._info)
+        return self._goes_by_items
 
     @torch.no_grad()
     def generate(
