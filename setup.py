@@ -12,7 +12,7 @@ BENCH = [
     "pytest>=8",
     "pytest-benchmark>=5",
 ]
-TEST = [*BENCH, "build", "hypothesis>=6.100", "kernels", "mypy", "pytest-xdist", "ruff"]
+TEST = [*BENCH, "bitsandbytes", "build", "hypothesis>=6.100", "kernels", "mypy", "pytest-xdist", "ruff", "trl"]
 
 setup(
     name="ptuning-fast",

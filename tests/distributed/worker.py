@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from ptuning_fast import FastPTuning, SoftPrompt
+from ptuning_fast import FastPTuning, PromptedModel
 
 STEPS = 3
 TEXTS = zoo.texts([4, 11, 1, 17])  # the two processes have texts of other lengths, and other numbers of tokens
@@ -43,21 +43,15 @@ def frozen(name, class_name=None):
     return model.train()
 
 
-class Causal(nn.Module):
-    """A prompt and a model as one module: the model's loss."""
-
+class Causal(PromptedModel):
     def __init__(self, model, mode):
-        super().__init__()
         torch.manual_seed(1)
-        self.model, self.prompt, self.mode = model, SoftPrompt(model, zoo.M), mode
-
-    def forward(self, ids, mask, labels):
-        return self.model(**self.prompt(ids, mask, labels=labels, mode=self.mode)).loss
+        super().__init__(model, zoo.M, mode=mode)
 
     def loss(self, texts):
         """The mean over the texts' tokens, times their number."""
         ids, mask = zoo.padded(TEXTS[texts], "right")
-        return self(ids, mask, ids.masked_fill(mask == 0, -100)) * mask.sum()
+        return self(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss * mask.sum()
 
     total = sum(map(len, TEXTS))
 
@@ -151,13 +145,13 @@ def ddp_prompt(mode):
 
 @case("prepend", "packed", "shared")
 def ddp_both(mode):
-    """DDP over a module that holds prompt and model."""
+    """DDP over a PromptedModel."""
     module = Causal(frozen("Llama"), mode)
     wrapped = DDP(module)
 
     def loss(texts):
         ids, mask = zoo.padded(TEXTS[texts], "right")
-        return wrapped(ids, mask, ids.masked_fill(mask == 0, -100)) * mask.sum()
+        return wrapped(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss * mask.sum()
 
     return curve(loss, OWN, module.total, [module.prompt.prompt_embeddings])
 
