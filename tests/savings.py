@@ -39,13 +39,18 @@ def assert_same(actual, expected):
         assert (one - other).abs().max() <= zoo.TOLERANCE * max(1, other.abs().max())
 
 
-def inputs_of(fast, ids, mask):
-    """What `_encode` and `_pool` are given in forward."""
-    seen = []
-    encode = fast._encode
-    fast._encode = lambda *args: seen.append(args) or encode(*args)
-    try:
-        fast(ids, mask)
-    finally:
-        del fast._encode
-    return seen[0]
+def seen_in(fast, ids, mask):
+    """Of one forward: the arguments of the encoder, its last hidden state, and what the head is given."""
+    seen = {}
+
+    def of_encoder(module, args, kwargs, out):
+        seen.update(inputs=kwargs, hidden=out.last_hidden_state)
+
+    hooks = [
+        fast.bert.register_forward_hook(of_encoder, with_kwargs=True),
+        fast.classifier.register_forward_pre_hook(lambda module, args: seen.update(pooled=args[0])),
+    ]
+    fast(ids, mask)
+    for hook in hooks:
+        hook.remove()
+    return seen

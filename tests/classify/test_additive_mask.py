@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from savings import FULL, assert_same, base, build, inputs_of, logits_and_gradients
+from savings import FULL, assert_same, base, build, logits_and_gradients, seen_in
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,7 +55,7 @@ def test_nothing_is_asked_of_the_mask(name):
     counts = []
     for additive_mask in (True, False):
         fast = build(name, additive_mask=additive_mask)
-        inputs = fast._served.inputs(fast.bert, inputs_of(fast, ids, mask)[0], None)
+        inputs = seen_in(fast, ids, mask)["inputs"]
         with Asked() as asked:
             out = fast.bert(**inputs).last_hidden_state
             torch.autograd.grad(out.sum(), inputs["inputs_embeds"])

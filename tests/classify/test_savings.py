@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from savings import FULL, base, build, inputs_of, logits_and_gradients
+from savings import FULL, base, build, logits_and_gradients, seen_in
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModel, AutoTokenizer
 
@@ -29,11 +29,10 @@ def test_half_precision_is_autocasts(name, mode):
     assert half.prompt_embeddings.dtype == half.classifier.weight.dtype == torch.float32
     ids, mask = zoo.padded(zoo.texts(sorted(zoo.TEXTS)), "right")  # in the order in which they are packed
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = whole._encode(*inputs_of(whole, ids, mask))
-    assert torch.equal(half._encode(*inputs_of(half, ids, mask)), hidden)
+        seen = seen_in(whole, ids, mask)
+    assert torch.equal(seen_in(half, ids, mask)["hidden"], seen["hidden"])
     gradient = logits_and_gradients(half, ids, mask)[1]
-    pooled = whole._pool(hidden, *inputs_of(whole, ids, mask))
-    logits = F.linear(pooled.float(), whole.classifier.weight, whole.classifier.bias)
+    logits = F.linear(seen["pooled"].float(), whole.classifier.weight, whole.classifier.bias)
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
     (expected,) = torch.autograd.grad((logits * weight).sum(), whole.prompt_embeddings)
     assert torch.equal(gradient, expected)

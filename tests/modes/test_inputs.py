@@ -32,10 +32,9 @@ MARIAN |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim
 def test_positions_that_start_elsewhere():
     """Nystromformer's buffer of positions starts at 2, with no padding_idx to say so."""
     model = build("NystromformerConfig", "NystromformerModel", **BERT, num_landmarks=64, segment_means_seq_len=64)
-    prompt = SoftPrompt(model, 3)
-    assert prompt._info.position_start == 2
     ids = torch.arange(3, 11)[None]
     inputs = SoftPrompt(model, 0)(ids, torch.ones_like(ids))
+    assert inputs["position_ids"][0, 0] == 2
     assert same(model(**inputs).last_hidden_state, model(input_ids=ids).last_hidden_state)
 
 
