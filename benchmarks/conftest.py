@@ -12,8 +12,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import provenance
 import pytest
-import report
+import result_tables
 import torch
 
 MEASURED = pytest.StashKey[list]()
@@ -35,7 +36,7 @@ def collected(request):
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash[MEASURED]:
-        terminalreporter.write_line(report.text(config.stash[MEASURED]))
+        terminalreporter.write_line(result_tables.text(config.stash[MEASURED]))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -56,4 +57,4 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    output_json["code"] = report.code("cuda" if torch.cuda.is_available() else "cpu")
+    output_json["code"] = provenance.code("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,16 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-
-
-@pytest.fixture(scope="module")
-def report():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import report
-    finally:
-        sys.path.pop(0)
-    return report
+sys.path.insert(0, str(ROOT / "benchmarks"))
+try:
+    import charts
+    import provenance
+    import report
+    import result_tables
+finally:
+    sys.path.pop(0)
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def result():
     return json.loads(RESULTS[0].read_text(encoding="utf-8"))
 
 
-def test_the_pages_show_what_the_report_makes_of_the_results(report):
+def test_the_pages_show_what_the_report_makes_of_the_results():
     """Made by `report.py --publish`, not typed; and where the code has changed since, it says so."""
     for page in ("README.md", "docs/benchmarks.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -41,11 +39,11 @@ def test_the_pages_show_what_the_report_makes_of_the_results(report):
             )
 
 
-def test_what_is_kept_beside_a_result(report):
+def test_what_is_kept_beside_a_result():
     for file in RESULTS:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        assert file.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(kept, file.stem, True)
-        for chart in report.charts([benchmark["extra_info"] for benchmark in kept["benchmarks"]]):
+        assert file.with_suffix(".md").read_text(encoding="utf-8") == result_tables.markdown(kept, file.stem, True)
+        for chart in charts.charts([benchmark["extra_info"] for benchmark in kept["benchmarks"]]):
             assert (file.parent / f"{file.stem}-{chart}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -58,18 +56,20 @@ def test_results_name_their_commit_and_no_computer():
         assert kept["code"]["files"]
 
 
-def test_changed_code_is_said(report, result):
-    result["code"] = report.code("cpu")
+def test_changed_code_is_said(result):
+    result["code"] = provenance.code("cpu")
     assert result["code"]["files"]
-    assert "has changed since" not in report.markdown(result, "x") + report.short(result)
+    assert "has changed since" not in result_tables.markdown(result, "x") + result_tables.short(result)
     commit = result["commit_info"]["id"][:10]
     for other in ({"sha256": "0" * 64}, {"files": ["ptuning_fast/gone.py"]}):
         changed = result | {"code": result["code"] | other}
-        assert f"The code has changed since: these figures belong to commit {commit}." in report.markdown(changed, "x")
-        assert "The code has changed since." in report.short(changed)
+        assert f"The code has changed since: these figures belong to commit {commit}." in result_tables.markdown(
+            changed, "x"
+        )
+        assert "The code has changed since." in result_tables.short(changed)
 
 
-def test_ratios(report):
+def test_ratios():
     """Each cell from the case that it belongs to; a case that was not measured leaves its cell empty."""
 
     def case(name, shape, ratio, **more):
@@ -84,7 +84,7 @@ def test_ratios(report):
         case("ptuning-fast", "one", [0.98, 1.0, 1.02]),
         case("PEFT", "two", [3.0, 4.0, 5.0], match="not quite"),
     ]
-    ((title, (head, one, two)),) = report.tables(infos)
+    ((title, (head, one, two)),) = result_tables.tables(infos)
     assert title == "Stage, forward, wall time: how many times as long as ptuning-fast"
     row = dict(zip(head, one))
     assert row["shape (B, n, m, d)"] == "one (1, 2, 3, 4) fp32"
@@ -98,27 +98,29 @@ def test_ratios(report):
     assert (row["torch.cat"], row["PEFT"], row["results"]) == ("", "4.00 (3.00 to 5.00)", "see the details")
 
 
-def test_steps(report):
+def test_steps():
     """Speed beside torch.cat, from two ratios to the same third."""
 
     def case(name, ratio):
         info = {"benchmark": "training step", "implementation": name, "shape": "e", "dtype": "fp32"}
         return info | {"times_fast": ratio, "examples_per_s": 10.0, "peak_mib": 7.0, "match": "equal"}
 
-    ((title, (head, plain, other)),) = report.tables([case("torch.cat", [2, 3, 4]), case("x", [1.0, 1.5, 2.0])])
+    ((title, (head, plain, other)),) = result_tables.tables([case("torch.cat", [2, 3, 4]), case("x", [1.0, 1.5, 2.0])])
     assert title == "Training step, e"
     assert dict(zip(head, plain))["times as fast as torch.cat"] == "1"
     assert dict(zip(head, other))["times as fast as torch.cat"] == "2.00 (1.50 to 3.00)"
     assert "overall" not in head
     cases = case("torch.cat", [2, 3, 4]) | {"times_fast_in_all": 3.3}, case("x", [1, 1, 1]) | {"times_fast_in_all": 1.1}
-    ((_, (head, _, other)),) = report.tables(cases)
+    ((_, (head, _, other)),) = result_tables.tables(cases)
     assert dict(zip(head, other))["overall"] == "3.00"
 
 
-def test_host_cost(report):
+def test_host_cost():
     figures = {"us": [1, 2, 3], "of_torch_cat": [0.1, 0.2, 0.3], "of_dispatch": [0.4, 0.5, 0.6]}
     cases = [{"case": "forward", "launches": 1, "parts": {"checks": 1.25}} | figures]
-    ((title, (head, row, parts)),) = report.tables([{"benchmark": "host cost", "device": "stub", "cases": cases}])
+    ((title, (head, row, parts)),) = result_tables.tables(
+        [{"benchmark": "host cost", "device": "stub", "cases": cases}]
+    )
     assert "stub" in title
     row = dict(zip(head, row))
     assert (row[""], row["launches"], row["ptuning-fast, us"]) == ("forward", "1", "2.0 (1.0 to 3.0)")
@@ -127,8 +129,8 @@ def test_host_cost(report):
     assert parts[0] == "of which, us: checks 1.2"
 
 
-def test_four_ratios(report):
-    """The first four that a result has, in the order of report.RATIOS, each beside torch.cat of the same shape."""
+def test_four_ratios():
+    """The first four that a result has, in the order of result_tables.RATIOS, each beside torch.cat of the same shape."""
 
     def case(name, shape, *ratio):
         info = {"benchmark": "training step", "implementation": name, "shape": shape, "sizes": {"B": 8, "m": 10}}
@@ -143,31 +145,31 @@ def test_four_ratios(report):
         case("ptuning-fast, packed", "y", 1.5, 1.5, 1.5),
         case("ptuning-fast, packed", "no torch.cat", 1, 1, 1),
     ]
-    first, second, third, fourth = report.ratios(infos)
+    first, second, third, fourth = result_tables.ratios(infos)
     assert first == ["packed and pruned, fp32", "y, B=8, m=10", "3.00 (2.00 to 4.00) times as fast"]
     assert second == ["shared", "x, m=10, B=8", "2.00 (2.00 to 2.00) times as fast"]
     assert (third[0], fourth[0]) == ("packed, fp32", "prepend, fp32")
     host = {"benchmark": "host cost", "device": "stub"}
     host["cases"] = [{"case": "forward", "of_torch_cat": [0.8, 0.84, 0.9], "of_dispatch": [0.9, 0.95, 1]}]
-    rows = report.ratios([*infos, host])
+    rows = result_tables.ratios([*infos, host])
     assert len(rows) == 4
     assert rows[1][2] == "0.84 (0.80 to 0.90) times the time; 0.95 of its dispatch"
     half = [
         case("torch.cat, bf16 autocast", "y", 2, 2, 2),
         case("ptuning-fast, packed, pruned, bf16 weights", "y", 1, 1, 1),
     ]
-    rows = report.ratios([*infos, *half])
+    rows = result_tables.ratios([*infos, *half])
     assert rows[1][2] == "3.00 (3.00 to 3.00) times as fast; 2.00 times as fast as its bf16 autocast"
 
 
-def test_pages_without_marks_are_refused(report):
+def test_pages_without_marks_are_refused():
     page = "a\n<!-- ratios: x -->\nold\n<!-- end of ratios -->\nb\n"
     assert report.page_with(page, "ratios", "x", "new\n") == page.replace("old", "new")
     with pytest.raises(SystemExit, match="no marks for y"):
         report.page_with(page, "ratios", "y", "new\n")
 
 
-def test_parts_of_one_run(report, result):
+def test_parts_of_one_run(result):
     """What gpu_run.sh writes in parts is one result; parts of other runs are refused."""
     first, second = (result | {"benchmarks": result["benchmarks"][some]} for some in (slice(2), slice(2, 5)))
     assert report.merged([first, second])["benchmarks"] == result["benchmarks"][:5]
