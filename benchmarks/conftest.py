@@ -12,9 +12,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import figures
 import provenance
 import pytest
-import result_tables
 import torch
 
 MEASURED = pytest.StashKey[list]()
@@ -36,7 +36,7 @@ def collected(request):
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash[MEASURED]:
-        terminalreporter.write_line(result_tables.text(config.stash[MEASURED]))
+        terminalreporter.write_line(figures.text(config.stash[MEASURED]))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

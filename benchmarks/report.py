@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 
 from charts import draw
+from figures import markdown, short
 from provenance import RESULTS, ROOT
-from result_tables import markdown, short
 
 
 def merged(results):

@@ -14,9 +14,9 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 try:
     import charts
+    import figures
     import provenance
     import report
-    import result_tables
 finally:
     sys.path.pop(0)
 
@@ -42,7 +42,7 @@ def test_the_pages_show_what_the_report_makes_of_the_results():
 def test_what_is_kept_beside_a_result():
     for file in RESULTS:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        assert file.with_suffix(".md").read_text(encoding="utf-8") == result_tables.markdown(kept, file.stem, True)
+        assert file.with_suffix(".md").read_text(encoding="utf-8") == figures.markdown(kept, file.stem, True)
         for chart in charts.charts([benchmark["extra_info"] for benchmark in kept["benchmarks"]]):
             assert (file.parent / f"{file.stem}-{chart}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -59,14 +59,12 @@ def test_results_name_their_commit_and_no_computer():
 def test_changed_code_is_said(result):
     result["code"] = provenance.code("cpu")
     assert result["code"]["files"]
-    assert "has changed since" not in result_tables.markdown(result, "x") + result_tables.short(result)
+    assert "has changed since" not in figures.markdown(result, "x") + figures.short(result)
     commit = result["commit_info"]["id"][:10]
     for other in ({"sha256": "0" * 64}, {"files": ["ptuning_fast/gone.py"]}):
         changed = result | {"code": result["code"] | other}
-        assert f"The code has changed since: these figures belong to commit {commit}." in result_tables.markdown(
-            changed, "x"
-        )
-        assert "The code has changed since." in result_tables.short(changed)
+        assert f"The code has changed since: these figures belong to commit {commit}." in figures.markdown(changed, "x")
+        assert "The code has changed since." in figures.short(changed)
 
 
 def test_ratios():
@@ -84,7 +82,7 @@ def test_ratios():
         case("ptuning-fast", "one", [0.98, 1.0, 1.02]),
         case("PEFT", "two", [3.0, 4.0, 5.0], match="not quite"),
     ]
-    ((title, (head, one, two)),) = result_tables.tables(infos)
+    ((title, (head, one, two)),) = figures.tables(infos)
     assert title == "Stage, forward, wall time: how many times as long as ptuning-fast"
     row = dict(zip(head, one))
     assert row["shape (B, n, m, d)"] == "one (1, 2, 3, 4) fp32"
@@ -105,22 +103,20 @@ def test_steps():
         info = {"benchmark": "training step", "implementation": name, "shape": "e", "dtype": "fp32"}
         return info | {"times_fast": ratio, "examples_per_s": 10.0, "peak_mib": 7.0, "match": "equal"}
 
-    ((title, (head, plain, other)),) = result_tables.tables([case("torch.cat", [2, 3, 4]), case("x", [1.0, 1.5, 2.0])])
+    ((title, (head, plain, other)),) = figures.tables([case("torch.cat", [2, 3, 4]), case("x", [1.0, 1.5, 2.0])])
     assert title == "Training step, e"
     assert dict(zip(head, plain))["times as fast as torch.cat"] == "1"
     assert dict(zip(head, other))["times as fast as torch.cat"] == "2.00 (1.50 to 3.00)"
     assert "overall" not in head
     cases = case("torch.cat", [2, 3, 4]) | {"times_fast_in_all": 3.3}, case("x", [1, 1, 1]) | {"times_fast_in_all": 1.1}
-    ((_, (head, _, other)),) = result_tables.tables(cases)
+    ((_, (head, _, other)),) = figures.tables(cases)
     assert dict(zip(head, other))["overall"] == "3.00"
 
 
 def test_host_cost():
-    figures = {"us": [1, 2, 3], "of_torch_cat": [0.1, 0.2, 0.3], "of_dispatch": [0.4, 0.5, 0.6]}
-    cases = [{"case": "forward", "launches": 1, "parts": {"checks": 1.25}} | figures]
-    ((title, (head, row, parts)),) = result_tables.tables(
-        [{"benchmark": "host cost", "device": "stub", "cases": cases}]
-    )
+    host = {"us": [1, 2, 3], "of_torch_cat": [0.1, 0.2, 0.3], "of_dispatch": [0.4, 0.5, 0.6]}
+    cases = [{"case": "forward", "launches": 1, "parts": {"checks": 1.25}} | host]
+    ((title, (head, row, parts)),) = figures.tables([{"benchmark": "host cost", "device": "stub", "cases": cases}])
     assert "stub" in title
     row = dict(zip(head, row))
     assert (row[""], row["launches"], row["ptuning-fast, us"]) == ("forward", "1", "2.0 (1.0 to 3.0)")
@@ -130,7 +126,7 @@ def test_host_cost():
 
 
 def test_four_ratios():
-    """The first four that a result has, in the order of result_tables.RATIOS, each beside torch.cat of the same shape."""
+    """The first four that a result has, in the order of figures.RATIOS, each beside torch.cat of the same shape."""
 
     def case(name, shape, *ratio):
         info = {"benchmark": "training step", "implementation": name, "shape": shape, "sizes": {"B": 8, "m": 10}}
@@ -145,20 +141,20 @@ def test_four_ratios():
         case("ptuning-fast, packed", "y", 1.5, 1.5, 1.5),
         case("ptuning-fast, packed", "no torch.cat", 1, 1, 1),
     ]
-    first, second, third, fourth = result_tables.ratios(infos)
+    first, second, third, fourth = figures.ratios(infos)
     assert first == ["packed and pruned, fp32", "y, B=8, m=10", "3.00 (2.00 to 4.00) times as fast"]
     assert second == ["shared", "x, m=10, B=8", "2.00 (2.00 to 2.00) times as fast"]
     assert (third[0], fourth[0]) == ("packed, fp32", "prepend, fp32")
     host = {"benchmark": "host cost", "device": "stub"}
     host["cases"] = [{"case": "forward", "of_torch_cat": [0.8, 0.84, 0.9], "of_dispatch": [0.9, 0.95, 1]}]
-    rows = result_tables.ratios([*infos, host])
+    rows = figures.ratios([*infos, host])
     assert len(rows) == 4
     assert rows[1][2] == "0.84 (0.80 to 0.90) times the time; 0.95 of its dispatch"
     half = [
         case("torch.cat, bf16 autocast", "y", 2, 2, 2),
         case("ptuning-fast, packed, pruned, bf16 weights", "y", 1, 1, 1),
     ]
-    rows = result_tables.ratios([*infos, *half])
+    rows = figures.ratios([*infos, *half])
     assert rows[1][2] == "3.00 (3.00 to 3.00) times as fast; 2.00 times as fast as its bf16 autocast"
 
 
