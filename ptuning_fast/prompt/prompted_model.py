@@ -107,13 +107,26 @@ class PromptedModel(nn.Module):
 
     def _called(self, model: Any, laid_out: LaidOut, flattened: bool, kwargs: dict[str, Any]) -> "ModelOutput":
         mode, batch, inputs = laid_out
+        cache = self.prompt.cache
+        if cache is not None:
+            if kwargs.get(cache) is not None:
+                raise ValueError(
+                    f"{cache} would have the prompt in it, or miss it: what goes on from a cache is generate"
+                )
+            kwargs.setdefault("use_cache", False)
         out = model(**(kwargs | inputs))
         if not self.prompt.per_token:
             return out
+
+        def of_tokens(rows: Tensor) -> Tensor:
+            rows = mode.of_tokens(rows, inputs, batch, self.prompt.length)
+            return rows[batch.attention_mask != 0][None] if flattened else rows
+
         for name in _OF_TOKENS:
             if torch.is_tensor(out.get(name)):
-                rows = mode.of_tokens(out[name], inputs, batch, self.prompt.length)
-                out[name] = rows[batch.attention_mask != 0][None] if flattened else rows
+                out[name] = of_tokens(out[name])
+        if out.get("hidden_states"):
+            out["hidden_states"] = tuple(of_tokens(rows) for rows in out["hidden_states"])
         return out
 
     @property

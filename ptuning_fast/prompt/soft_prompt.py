@@ -233,6 +233,11 @@ class SoftPrompt(nn.Module):
         return self.model(**inputs).loss
 
     @property
+    def cache(self) -> str | None:
+        """What the model's forward calls a cache; None: it takes none."""
+        return self._info.cache
+
+    @property
     def per_token(self) -> bool:
         """Whether the model's outputs are one per token."""
         return self._info.per_token

@@ -1,6 +1,8 @@
 """PromptedModel: called as the model is, with the libraries that people train with."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,27 @@ def test_flattened_batches(mode):
     positions = (mask.cumsum(1) - 1)[kept][None]
     out = prompted(input_ids=ids[kept][None], position_ids=positions)
     assert same(out.logits[0], prompted(ids, mask).logits[kept])
+
+
+def test_hidden_states_and_caches():
+    """Each layer's rows are those of the tokens; a cache without the prompt is not gone on from."""
+    prompted = PromptedModel(zoo.build("Llama"), zoo.M).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    out = prompted(ids, mask, output_hidden_states=True)
+    assert len(out.hidden_states) == 4 and all(rows.shape[:2] == ids.shape for rows in out.hidden_states)
+    assert same(out.hidden_states[-1][mask != 0], _hidden(prompted.model, prompted.prompt, ids, mask))
+    assert out.past_key_values is None
+    with pytest.raises(ValueError, match="what goes on from a cache is generate"):
+        prompted(ids, mask, past_key_values=transformers.DynamicCache(config=prompted.config))
+
+
+def test_copies():
+    prompted = PromptedModel(zoo.build("Llama"), zoo.M).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    for other in (copy.deepcopy(prompted), pickle.loads(pickle.dumps(prompted))):
+        assert other.prompt.model is other.model is not prompted.model
+        assert torch.equal(other(ids, mask).logits, prompted(ids, mask).logits)
+        assert list(other.state_dict()) == ["prompt.prompt_embeddings"]
 
 
 def test_models_with_other_outputs_than_one_per_token():
