@@ -18,33 +18,14 @@ from .rounding import round_to
 from .runtime import Launcher
 
 
-# Sizes and strides of the batch change from step to step: specialising on them would compile again and again.
-@triton.jit(
-    do_not_specialize=[
-        *["n", "m", "V", "K", "T", "max_length", "tiles", "chunks", "metadata_programs"],
-        *["position_start", "embed_scale", "ids_b", "ids_s", "mask_b", "mask_s"],
-        *["types_b", "types_s", "labels_b", "labels_s", "index_b", "out_mask_b"],
-    ]
-)
+@triton.jit
 def prepend_prompt_kernel(
     # tensors: in
-    input_ids,  # [B, n]
-    weight,  # [V, d]
-    prompt,  # [m, d] or [K, m, d]; None when m is 0
-    attention_mask,  # [B, n] or None
-    token_type_ids,  # [B, n] or None
-    labels,  # [B, n] or None
-    prompt_index,  # [B] or None
-    prompt_start,  # of Placement, as are the next three
-    cu_seq_lens,
-    token_rank,
-    totals,
+    batch,  # input_ids, attention_mask, token_type_ids and labels, [B, n], the latter three or None
+    table,  # weight [V, d]; prompt [m, d] or [K, m, d], None when m is 0; prompt_index [B] or None
+    place,  # Placement
     # tensors: out
-    inputs_embeds,  # [B, S, d] or [T, d]
-    out_mask,  # [B, S], rows out_mask_b apart, or None
-    out_types,  # [B, S] or [T], or None
-    out_labels,  # [B, S] or [T], or None
-    out_positions,  # [B, S] or [T], int64, or None
+    out,  # inputs_embeds [B, S, d] or [T, d]; mask, types, labels and positions [B, S] or [T], each or None
     # shapes: the width, and the strides of what is copied, in elements
     d,
     weight_v,
@@ -52,37 +33,21 @@ def prepend_prompt_kernel(
     prompt_k,
     prompt_s,
     prompt_d,
-    # numbers: sizes
-    n,
-    m,
-    V,
-    K,
-    T,  # rows of inputs_embeds
-    max_length,  # longest packed sequence that the host expects
-    tiles,  # tiles over S
-    chunks,  # chunks over d
-    metadata_programs,  # B, or 0 when nothing but embeddings is asked for
-    # numbers: values
-    position_start,
-    embed_scale,
-    # numbers: strides, in elements
-    ids_b,
-    ids_s,
-    mask_b,
-    mask_s,
-    types_b,
-    types_s,
-    labels_b,
-    labels_s,
-    index_b,
-    out_mask_b,
+    # numbers: sizes, values, and strides in elements
+    numbers,  # of everything
+    metadata,  # of the metadata alone
     # constants
     SCALED: tl.constexpr,
-    PADDING: tl.constexpr,  # what out_mask has where there is no row, if 0 is what it has where there is; else None
+    PADDING: tl.constexpr,  # what the mask has where there is no row, if 0 is what it has where there is; else None
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    input_ids, _, _, _ = batch
+    weight, prompt, prompt_index = table
+    prompt_start, cu_seq_lens, token_rank, totals = place
+    inputs_embeds, _, _, _, _ = out
+    n, m, V, K, T, max_length, tiles, chunks, metadata_programs, embed_scale, ids_b, ids_s, index_b = numbers
     pid = tl.program_id(0)
     S = m + n
 
@@ -98,24 +63,12 @@ def prepend_prompt_kernel(
             b,
             start,
             first_row,
-            attention_mask,
-            token_type_ids,
-            labels,
-            out_mask,
-            out_types,
-            out_labels,
-            out_positions,
+            batch,
+            out,
             S,
             m,
             T,
-            position_start,
-            mask_b,
-            mask_s,
-            types_b,
-            types_s,
-            labels_b,
-            labels_s,
-            out_mask_b,
+            metadata,
             PACKED=cu_seq_lens is not None,
             PADDING=PADDING,
             BLOCK_S=BLOCK_S,
@@ -188,6 +141,7 @@ prepend_prompt = Launcher(prepend_prompt_kernel, debug=True, sanitize_overflow=F
 # A mask row is scanned so many columns at a time. All programs of a launch have the registers of its neediest: with
 # 1024 columns that would be those of the metadata, nearly twice as many.
 BLOCK_S = 512
+NO_STRIDE = 0, 0
 
 
 def tile_shape(d: int) -> tuple[int, int]:
@@ -201,6 +155,33 @@ def tile_shape(d: int) -> tuple[int, int]:
     pieces = -(-d // 64)
     block_d = 64 * (min(pieces & -pieces, 16) or 16)  # the power of two that divides the number of pieces
     return 4096 // block_d, block_d
+
+
+def empty_outputs(batch, weight, layout, B, S, d):
+    """(inputs_embeds, attention_mask, token_type_ids, labels, position_ids), None for what was not asked for.
+
+    B rows of S columns of width d, packed one row of T; the other arguments are those of `forward`.
+    """
+    input_ids, mask, types, labels = batch
+    position_start, _, _, packed, _, additive_mask = layout
+    if packed or mask is None:
+        out_mask = None
+    elif additive_mask is None:
+        out_mask = mask.new_empty(B, S)
+    else:
+        out_mask = mask.new_empty(B, 1, 1, padded(S), dtype=additive_mask)[..., :S]
+    return (
+        weight.new_empty(B, S, d),
+        out_mask,
+        None if types is None else types.new_empty(B, S),
+        None if labels is None else labels.new_empty(B, S),
+        input_ids.new_empty(B, S, dtype=torch.int64) if packed or position_start is not None else None,
+    )
+
+
+def padded(S):
+    """Elements between rows of S of a mask that attention adds to its scores."""
+    return -(-S // 8) * 8
 
 
 def forward(batch, weight, prompt, layout):
@@ -225,7 +206,7 @@ def forward(batch, weight, prompt, layout):
     S = m + n
     device = input_ids.device
 
-    place, cu_seq_lens, max_length, shape, T = PREPENDED, None, None, (B, S), B * S
+    place, cu_seq_lens, max_length, T = PREPENDED, None, None, B * S
     if packed:
         max_length = S if B else 0
         if attention_mask is None:
@@ -235,29 +216,12 @@ def forward(batch, weight, prompt, layout):
         else:
             place, T, max_length = place_sequences(attention_mask, m, lengths)
             cu_seq_lens = place.cu_seq_lens
-        shape = (1, T)
     elif adjacent and attention_mask is not None:
         place = place_prompts(attention_mask)
 
-    inputs_embeds = weight.new_empty(*shape, d)
-    out_mask = out_types = out_labels = out_positions = None
-    mask_b = mask_s = types_b = types_s = labels_b = labels_s = out_mask_b = metadata_programs = 0
-    if attention_mask is not None:
-        mask_b, mask_s = attention_mask.stride()
-        if additive_mask is not None:
-            out_mask_b, metadata_programs = -(-S // 8) * 8, B
-            out_mask = torch.empty(B, 1, 1, out_mask_b, dtype=additive_mask, device=device)[..., :S]
-        elif not packed:
-            out_mask, out_mask_b, metadata_programs = attention_mask.new_empty(*shape), S, B
-    if token_type_ids is not None:
-        types_b, types_s = token_type_ids.stride()
-        out_types, metadata_programs = token_type_ids.new_empty(*shape), B
-    if labels is not None:
-        labels_b, labels_s = labels.stride()
-        out_labels, metadata_programs = labels.new_empty(*shape), B
-    if position_start is not None or packed:
-        out_positions, metadata_programs = torch.empty(shape, dtype=torch.int64, device=device), B
-
+    out = empty_outputs(batch, weight, layout, 1, T, d) if packed else empty_outputs(batch, weight, layout, B, S, d)
+    _, out_mask, out_types, out_labels, out_positions = out
+    metadata_programs = 0 if out_mask is out_types is out_labels is out_positions is None else B
     rows, block_d = tile_shape(d)
     tiles, chunks = -(-S // rows), -(-d // block_d)
     programs = metadata_programs + B * tiles * chunks
@@ -265,51 +229,19 @@ def forward(batch, weight, prompt, layout):
         ids_b, ids_s = input_ids.stride()
         weight_v, weight_d = weight.stride()
         prompt_k, prompt_s, prompt_d = (0, *prompt.stride()) if prompt_index is None else prompt.stride()
-        start, sequences, rank, totals = place
+        mask_b, mask_s = NO_STRIDE if attention_mask is None else attention_mask.stride()
+        types_b, types_s = NO_STRIDE if token_type_ids is None else token_type_ids.stride()
+        labels_b, labels_s = NO_STRIDE if labels is None else labels.stride()
+        out_mask_b, scale = S if additive_mask is None else padded(S), float(embed_scale)
+        (index_b,) = (0,) if prompt_index is None else prompt_index.stride()
         prepend_prompt(
             device,
             programs,
-            (
-                input_ids,
-                weight,
-                prompt if m and d else None,
-                attention_mask,
-                token_type_ids,
-                labels,
-                prompt_index,
-                start,
-                sequences,
-                rank,
-                totals,
-                inputs_embeds,
-                out_mask,
-                out_types,
-                out_labels,
-                out_positions,
-            ),
+            (batch, (weight, prompt if m and d else None, prompt_index), place, out),
             (d, weight_v, weight_d, prompt_k, prompt_s, prompt_d),
             (
-                n,
-                m,
-                V,
-                K,
-                T,
-                max_length if packed else 0,
-                tiles,
-                chunks,
-                metadata_programs,
-                position_start or 0,
-                float(embed_scale),
-                ids_b,
-                ids_s,
-                mask_b,
-                mask_s,
-                types_b,
-                types_s,
-                labels_b,
-                labels_s,
-                0 if prompt_index is None else prompt_index.stride(0),
-                out_mask_b,
+                (n, m, V, K, T, max_length or 0, tiles, chunks, metadata_programs, scale, ids_b, ids_s, index_b),
+                (position_start or 0, mask_b, mask_s, types_b, types_s, labels_b, labels_s, out_mask_b),
             ),
             (
                 embed_scale != 1.0,
@@ -321,4 +253,4 @@ def forward(batch, weight, prompt, layout):
         )
 
     prompt_start = cu_seq_lens[:B] if packed else place.prompt_start
-    return inputs_embeds, out_mask, out_types, out_labels, out_positions, cu_seq_lens, prompt_start, max_length
+    return out + (cu_seq_lens, prompt_start, max_length)

@@ -41,20 +41,14 @@ def load_mask(pointers, mask):
     return value
 
 
-@triton.jit(do_not_specialize=["n", "mask_b", "mask_s"])
+@triton.jit
 def scan_mask_kernel(
-    # tensors: in, and out, each optional
-    attention_mask,  # [B, n]
-    prompt_start,  # [B] int32: leading columns whose mask is 0
-    lengths,  # [B] int32: columns whose mask is not 0
-    token_rank,  # [B, n] int32, as in Placement
-    # numbers: sizes and strides
-    n,
-    mask_b,
-    mask_s,
-    # constants
+    tensors,  # attention_mask [B, n]; where asked for, [B] leading columns of mask 0, others than of mask 0, token_rank
+    numbers,
     BLOCK: tl.constexpr,
 ):
+    attention_mask, prompt_start, lengths, token_rank = tensors
+    n, mask_b, mask_s = numbers
     b = tl.program_id(0).to(tl.int64)
     seen = tl.zeros([], tl.int32)
     first = tl.zeros([], tl.int32) + n
@@ -73,18 +67,14 @@ def scan_mask_kernel(
         tl.store(lengths + b, seen)
 
 
-@triton.jit(do_not_specialize=["B", "m"])
+@triton.jit
 def add_lengths_kernel(
-    # tensors: in, and out
-    lengths,  # [B] int32, from scan_mask_kernel
-    cu_seq_lens,  # [B + 1] int32
-    totals,  # [2] int64
-    # numbers: sizes
-    B,
-    m,
-    # constants
+    tensors,  # in: lengths, from scan_mask_kernel; out: cu_seq_lens and totals, as in Placement
+    numbers,
     BLOCK: tl.constexpr,
 ):
+    lengths, cu_seq_lens, totals = tensors
+    B, m = numbers
     rows_before = tl.zeros([], tl.int64)
     longest = tl.zeros([], tl.int32)
     for b0 in range(0, B, BLOCK):
@@ -110,7 +100,8 @@ def place_prompts(attention_mask: Tensor) -> Placement:
     (B, n), device = attention_mask.shape, attention_mask.device
     prompt_start = torch.empty(B, dtype=torch.int32, device=device)
     if B:
-        scan_mask(device, B, (attention_mask, prompt_start, None, None), (), (n, *attention_mask.stride()), (BLOCK,))
+        tensors = attention_mask, prompt_start, None, None
+        scan_mask(device, B, (tensors,), (), ((n, *attention_mask.stride()),), (BLOCK,))
     return Placement(prompt_start=prompt_start)
 
 
@@ -126,8 +117,9 @@ def place_sequences(attention_mask: Tensor, m: int, lengths: list[int] | None) -
     counted, cu_seq_lens = (torch.empty(size, dtype=torch.int32, device=device) for size in (B, B + 1))
     token_rank = torch.empty(B, n, dtype=torch.int32, device=device)
     totals = torch.empty(2, dtype=torch.int64, device=device)
-    scan_mask(device, B, (attention_mask, None, counted, token_rank), (), (n, *attention_mask.stride()), (BLOCK,))
-    add_lengths(device, 1, (counted, cu_seq_lens, totals), (), (B, m), (BLOCK,))
+    tensors = attention_mask, None, counted, token_rank
+    scan_mask(device, B, (tensors,), (), ((n, *attention_mask.stride()),), (BLOCK,))
+    add_lengths(device, 1, ((counted, cu_seq_lens, totals),), (), ((B, m),), (BLOCK,))
     if lengths is None:
         T, longest = totals.tolist()
         return Placement(cu_seq_lens=cu_seq_lens, token_rank=token_rank), T, longest

@@ -12,29 +12,20 @@ def write_metadata(
     b,
     start,
     first_row,
-    attention_mask,
-    token_type_ids,
-    labels,
-    out_mask,
-    out_types,
-    out_labels,
-    out_positions,
+    batch,
+    out,
     S,
     m,
     T,
-    position_start,
-    mask_b,
-    mask_s,
-    types_b,
-    types_s,
-    labels_b,
-    labels_s,
-    out_mask_b,
+    numbers,
     PACKED: tl.constexpr,
     PADDING: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Batch row `b`, whose first output row is `first_row`, and whose prompt stands at column `start`."""
+    _, attention_mask, token_type_ids, labels = batch
+    _, out_mask, out_types, out_labels, out_positions = out
+    position_start, mask_b, mask_s, types_b, types_s, labels_b, labels_s, out_mask_b = numbers
     seen = tl.zeros([], tl.int32)  # mask-1 rows so far, the prompt's included
     for s0 in range(0, S, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)

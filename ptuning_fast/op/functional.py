@@ -21,6 +21,7 @@ from .checks import check, checked_lengths, raise_for_ids
 
 try:
     from .. import kernels
+    from . import traced_kernels
 except ImportError:  # no Triton for this platform
     kernels = None
 
@@ -116,8 +117,8 @@ def _embed(batch: Any, weight: Tensor, prompt: Any, layout: Any) -> Any:
         layout = (*layout[:4], lengths, layout[5])
     backend = torch_backend
     if kernels is not None and weight.dtype in kernels.dtypes and kernels.runs_on(input_ids):
-        backend = kernels
-        if input_ids.is_cpu:
+        backend = traced_kernels if traced else kernels
+        if input_ids.is_cpu and not traced:
             raise_for_ids(batch, weight, prompt, packed)
     elif not input_ids.is_cpu:
         _warn_torch_backend(input_ids.device.type, weight.dtype)

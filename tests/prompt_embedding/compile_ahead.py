@@ -9,6 +9,7 @@ program of its own because a process in which Triton interprets kernels cannot c
 
 import argparse
 import gc
+import inspect
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ import torch
 import triton
 from ptuning_fast.kernels import backward as launch_backward
 from ptuning_fast.kernels import forward as launch_forward
-from ptuning_fast.kernels.runtime import Launcher
+from ptuning_fast.kernels.runtime import Launcher, ordinary
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,24 +46,35 @@ REPORTED = {}  # what `report` found out, by what it compiled: variants have lau
 
 def source_of(kernel, arguments):
     """What Triton's own launcher would compile for these arguments: types, constants, divisibility."""
-    signature, constants, attributes = {}, {}, {}
-    for index, (parameter, value) in enumerate(zip(kernel.params, arguments)):
-        name = parameter.name
-        if value is None or parameter.is_constexpr:
-            constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            constants[name] = 1
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    constants, attributes = {}, {}
+
+    def type_of(value, parameter, *place):
+        if isinstance(value, tuple):
+            return tuple(type_of(one, parameter, *place, index) for index, one in enumerate(value))
+        if value is None or parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        tensor = isinstance(value, torch.Tensor)
+        if tensor or value % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+        return "*" + TYPES[value.dtype] if tensor else "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {
+        parameter.name: type_of(value, parameter, index)
+        for index, (parameter, value) in enumerate(zip(kernel.params, arguments))
+    }
     return ASTSource(kernel, signature, constants, attributes)
+
+
+def by_name(kernel, arguments):
+    """Each argument under its name, those in a tuple under the names that the kernel unpacks it into."""
+    found = dict(zip(kernel.arg_names, arguments))
+    for names, group in re.findall(r"^    (.+) = (\w+)$", inspect.getsource(kernel.fn), re.MULTILINE):
+        if isinstance(found.get(group), tuple):
+            found |= zip(names.split(", "), found[group], strict=True)
+    return found
 
 
 def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, mask_dtype, extras, additive=None):
@@ -70,8 +82,9 @@ def launches(B, d, weight_dtype, prompt_dtype, layout, bank, scale, ids_dtype, m
     n, m, V, K = 24, 16, 64, 3
     recorded = []
 
-    def record(launcher, device, programs, *arguments):
-        recorded.append((launcher.kernel, list(itertools.chain(*arguments)), launcher.options))
+    def record(launcher, device, programs, tensors, shapes, numbers, constants):
+        arguments = [*tensors, *shapes, *map(ordinary, numbers), *constants]
+        recorded.append((launcher.kernel, arguments, launcher.options))
 
     with unittest.mock.patch.object(Launcher, "__call__", record):
         ids = torch.zeros(B, n, dtype=ids_dtype)
@@ -120,7 +133,7 @@ def report(kernel, arguments, options, target, dump=None):
     if key in REPORTED:
         return REPORTED[key]
     compiled = triton.compile(source, target=target, options=options)
-    arguments = dict(zip(kernel.arg_names, arguments))
+    arguments = by_name(kernel, arguments)
     row = {
         "kernel": kernel.__name__,
         "target": f"{target.backend}:{target.arch}",
