@@ -14,6 +14,7 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
+from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
 from .loss import keeps_labelled_rows, on_labelled_rows
 
@@ -64,6 +65,7 @@ class SoftPrompt(nn.Module):
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
         self._keeps_labelled_rows: bool | None = None  # of its head; None: not checked yet
+        self._has_chunks: tuple[Any, bool] | None = None  # its loss, with a loss function; None: not checked yet
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -194,6 +196,14 @@ class SoftPrompt(nn.Module):
         inputs = self(
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
+        if is_large(self.model, inputs):
+            loss_function = getattr(unwrapped(self.model), "loss_function", None)
+            if self._has_chunks is None or self._has_chunks[0] is not loss_function:
+                self._has_chunks = loss_function, has_chunks(self.model)
+            given = inputs if num_items_in_batch is None else inputs | {"num_items_in_batch": num_items_in_batch}
+            loss = in_chunks(self.model, given) if self._has_chunks[1] else None
+            if loss is not None:
+                return loss
         if self._keeps_labelled_rows is None:
             self._keeps_labelled_rows = keeps_labelled_rows(self.model, self._info)
         if self._keeps_labelled_rows and inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
