@@ -22,7 +22,7 @@ from ..models.probe import ordinary_tokens, quietly
 __all__ = ["has_chunks", "in_chunks", "is_large"]
 
 LOGITS = 2**25
-"""Of a chunk, at most: 128 MiB in fp32, of which a loss and its gradient hold two or three; and at V = 128,000 still 256
+"""Of a chunk, at most: 128 MiB in fp32, of which a loss and its gradient hold two or three; at V = 128,000 still 256
 rows, fewer of which make slower matrix products (at 140 rows the head's time grows by a tenth on a CPU)."""
 
 
@@ -64,8 +64,11 @@ def in_chunks(model: Any, inputs: dict[str, Any], most: int | None = None) -> Te
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden.device)
     labelled = (targets != -100).nonzero()[:, 0]
     chunks = max(math.ceil(len(labelled) * model.config.get_text_config().vocab_size / (most or LOGITS)), 1)
-    loss = _Chunked.apply(hidden[labelled], targets[labelled], summed, math.ceil(len(labelled) / chunks) or 1)
-    return loss / (len(labelled) if items is None else items)
+    rows = hidden.index_select(0, labelled)
+    loss = _Chunked.apply(rows, targets[labelled], summed, math.ceil(len(labelled) / chunks) or 1)
+    if items is None:
+        items = len(labelled)
+    return loss / (items.to(loss.device) if torch.is_tensor(items) else items)
 
 
 def has_chunks(model: Any) -> bool:
@@ -76,10 +79,11 @@ def has_chunks(model: Any) -> bool:
     inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == ids[0, 3], -100)}
     with quietly(inner):
         try:
-            whole, chunked = model(**inputs).loss, in_chunks(model, inputs, most=2 * V)
+            whole, chunked = model(**inputs).loss.float(), in_chunks(model, inputs, most=2 * V)
         except Exception:  # whatever a forward makes of a base model that is none
             return False
-    return chunked is not None and torch.allclose(whole, chunked, rtol=1e-4 if inner.dtype == torch.float32 else 1e-2)
+    most = 1e-4 if inner.dtype == torch.float32 else 1e-2
+    return chunked is not None and torch.allclose(whole, chunked.float(), rtol=most)
 
 
 class _Chunked(torch.autograd.Function):

@@ -181,7 +181,8 @@ class SoftPrompt(nn.Module):
         """The model's own loss on a batch, a scalar: `model(**self(...)).loss`, by as little work as gives the same.
 
         The mode with the fewest rows, and a causal model's head on those rows alone that predict a label (checked with
-        a short text at the first call; where a head cannot be told of them, on all rows).
+        a short text at the first call; where a head cannot be told of them, on all rows). Where the logits of a batch
+        are large, in chunks of rows.
 
         Args:
             labels: as `forward` takes them.

@@ -39,11 +39,8 @@ def chunks(monkeypatch):
     return counts
 
 
-def build(kind, **settings):
-    model = sweep.build(kind, CLASSES[kind], "eager" if kind == "gemma2" else "sdpa").requires_grad_(False)
-    for name, value in settings.items():
-        setattr(model.config, name, value)
-    return model
+def build(kind):
+    return sweep.build(kind, CLASSES[kind], "eager" if kind == "gemma2" else "sdpa").requires_grad_(False)
 
 
 def batch(labelled="all", side="right"):
@@ -171,7 +168,7 @@ def test_nothing_labelled(chunks):
     expected = gradients(model(**prompt(ids, mask, labels=nothing)).loss, prompt.prompt_embeddings)
     actual = gradients(prompt.loss(ids, mask, labels=nothing), prompt.prompt_embeddings)
     assert chunks == [0] and actual[0].isnan() and expected[0].isnan() and torch.equal(actual[1], expected[1])
-    assert prompt.loss(ids, mask, labels=nothing, num_items_in_batch=5) == 0
+    assert prompt.loss(ids, mask, labels=nothing, num_items_in_batch=torch.tensor(5)) == 0
 
 
 def test_second_derivatives(chunks):
@@ -221,9 +218,20 @@ def test_whole_where_calling_the_model_does_more(chunks):
     replaced.forward = functools.wraps(replaced.forward)(
         lambda *args, forward=replaced.forward, **more: forward(*args, **more)
     )
-    for model in (hooked, replaced, build("mixtral", output_router_logits=True)):
+    for model in (hooked, replaced, torch.compile(build("llama"), backend="eager")):
         assert_served(model)
     assert not chunks and seen
+
+
+def test_a_loss_over_the_routers_choices_that_is_asked_for_later(chunks):
+    model = build("mixtral")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask, labels = batch()
+    prompt.loss(ids, mask, labels=labels)
+    model.config.output_router_logits = True
+    expected = model(**prompt(ids, mask, labels=labels)).loss
+    torch.testing.assert_close(prompt.loss(ids, mask, labels=labels, mode="prepend"), expected)
+    assert len(chunks) == 1
 
 
 def test_losses_of_ones_own(chunks):
