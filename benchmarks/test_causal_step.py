@@ -1,9 +1,11 @@
 """Whole training steps of a small Llama-like model, and the first token of generate, by everyone who does them."""
 
+import copy
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from measure import DEVICE, measure
 from text import docstring_batches
 from torch import nn
@@ -28,9 +30,11 @@ CASES = {
     "ragged text": Case(8, None, 100),
     "ragged text, last 16 labelled": Case(8, None, 100, V=32000, labelled=16),
     "large vocabulary, last 4 labelled": Case(8, 64, 20, V=128256, labelled=4),
+    "large vocabulary, all labelled": Case(8, None, 20, V=128256),
     "no padding, long prompt": Case(8, 32, 100),
     "no padding, short prompt": Case(8, 64, 10),
 }
+LARGE = "large vocabulary, all labelled"  # where losses in chunks are timed, too
 CHECKPOINTED = "ragged text"  # where steps under gradient checkpointing are timed as well
 
 
@@ -54,6 +58,54 @@ class TorchCat(nn.Module):
 
     def generate(self, input_ids, attention_mask):
         return self.model.generate(**self.inputs(input_ids, attention_mask), max_new_tokens=1)
+
+
+class ChunkedLoss(TorchCat):
+    """The same lines with a loss without all rows' logits: `loss_of` hidden states [R, d], table [V, d], labels [R]."""
+
+    def __init__(self, model, start, loss_of):
+        super().__init__(model, start)
+        self.loss_of = loss_of
+
+    def forward(self, input_ids, attention_mask, labels):
+        hidden = self.model.model(**self.inputs(input_ids, attention_mask)).last_hidden_state
+        hidden, labelled = hidden[:, len(self.prompt_embeddings) - 1 : -1], labels != -100
+        return self.loss_of(hidden[labelled], self.model.lm_head.weight, labels[labelled])
+
+
+def torchs_loss(model, start):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = nn.LinearCrossEntropyOptions()
+    return ChunkedLoss(model, start, lambda *rows: F.linear_cross_entropy(*rows, options=options))
+
+
+def ligers_loss(model, start):
+    reason = "Liger-Kernel is not installed: pip install 'ptuning-fast[bench]'"
+    functional = pytest.importorskip("liger_kernel.transformers.functional", reason=reason)
+    if DEVICE.type == "cpu":
+        pytest.skip("Liger-Kernel's losses need a GPU")
+    return ChunkedLoss(
+        model,
+        start,
+        lambda hidden, table, labels: functional.liger_fused_linear_cross_entropy(hidden, table, labels),
+    )
+
+
+class Trl(TorchCat):
+    """TRL's head, which SFTTrainer puts into a model, in a copy of this one that shares its weights."""
+
+    def __init__(self, model, start):
+        utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed: pip install trl")
+        if not hasattr(utils, "add_fused_lm_head"):
+            pytest.skip("this TRL has no add_fused_lm_head: pip install 'trl>=1.16'")
+        super().__init__(copy.copy(model), start)
+        utils.add_fused_lm_head(self.model)
+
+    def forward(self, input_ids, attention_mask, labels):
+        filler = torch.full((len(input_ids), len(self.prompt_embeddings)), -100).to(input_ids.device)
+        inputs = self.inputs(input_ids, attention_mask)
+        return self.model(**inputs, labels=torch.cat([filler, labels], 1), fused_lm_head=True).loss
 
 
 class Peft(nn.Module):
@@ -100,7 +152,9 @@ IMPLEMENTATIONS = {
     "ptuning-fast, shared": lambda model, start: Fast(model, start, "shared"),
     OURS: lambda model, start: Fast(model, start, "auto"),
 }
+LOSSES = {"torch.linear_cross_entropy": torchs_loss, "Liger loss": ligers_loss, "TRL": Trl}
 STEPS = [(case, name, False) for case in CASES for name in IMPLEMENTATIONS]
+STEPS += [(LARGE, name, False) for name in LOSSES]
 STEPS += [(CHECKPOINTED, name, True) for name in ("torch.cat", OURS)]
 
 
@@ -150,7 +204,7 @@ def about(name, shape, case):
 def test_causal_step(benchmark, request, models, shape, name, checkpointed):
     case = CASES[shape]
     if not benchmark.enabled:  # only that it works is asked
-        case = case._replace(B=2)
+        case = case._replace(B=2, V=min(case.V, 2000))
     model, start, batches = models(case.V), start_of(case), batches_of(case)
 
     def step(implementation, checkpointed=False):
@@ -167,7 +221,7 @@ def test_causal_step(benchmark, request, models, shape, name, checkpointed):
 
         return module, run
 
-    (module, run), (_, ours) = step(IMPLEMENTATIONS[name], checkpointed), step(IMPLEMENTATIONS[OURS])
+    (module, run), (_, ours) = step((IMPLEMENTATIONS | LOSSES)[name], checkpointed), step(IMPLEMENTATIONS[OURS])
     model.gradient_checkpointing_disable()
     results = []
     for one in (module, TorchCat(model, start)):

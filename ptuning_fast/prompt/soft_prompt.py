@@ -1,6 +1,7 @@
 """SoftPrompt: a trainable prompt for any Hugging Face model."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 
 from ..files import peft
 from ..models import describe, unwrapped
+from ..models.info import ModelInfo
 from ..modes import Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
+from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
 from .loss import goes_by_items, has_causal_loss, keeps_labelled_rows, on_labelled_rows
 
@@ -71,8 +74,7 @@ class SoftPrompt(nn.Module):
         self._info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
-        self._keeps_labelled_rows: tuple[Any, bool] | None = None  # of its head, with a loss function; None: unchecked
-        self._goes_by_items: bool | None = None  # its loss, by num_items_in_batch; None: unchecked
+        self._loss_found: dict[str, tuple[Any, bool]] = {}  # of its loss: with which function, and what
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -203,7 +205,8 @@ class SoftPrompt(nn.Module):
         """The model's own loss on a batch, a scalar: `model(**self(...)).loss`, by as little work as gives the same.
 
         The mode with the fewest rows, and a causal model's head on those rows alone that predict a label (checked with
-        a short text at the first call; where a head cannot be told of them, on all rows).
+        a short text at the first call; where a head cannot be told of them, on all rows). Where the logits of a batch
+        are large, in chunks of rows.
 
         Args:
             labels: as `forward` takes them.
@@ -218,11 +221,6 @@ class SoftPrompt(nn.Module):
         inputs = self(
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
-        loss_function = getattr(unwrapped(self.model), "loss_function", None)
-        if self._keeps_labelled_rows is None or self._keeps_labelled_rows[0] is not loss_function:
-            self._keeps_labelled_rows = loss_function, keeps_labelled_rows(self.model, self._info)
-        if self._keeps_labelled_rows[1] and inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
-            inputs = on_labelled_rows(inputs)
         if num_items_in_batch is not None:
             if not self.goes_by_items:
                 raise ValueError(
@@ -230,6 +228,13 @@ class SoftPrompt(nn.Module):
                     "batches' losses"
                 )
             inputs["num_items_in_batch"] = num_items_in_batch
+        if inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
+            if is_large(self.model, inputs) and self._of_loss(has_chunks):
+                loss = in_chunks(self.model, inputs)
+                if loss is not None:
+                    return loss
+            if self._of_loss(keeps_labelled_rows):
+                inputs = on_labelled_rows(inputs)
         return self.model(**inputs).loss
 
     @property
@@ -245,9 +250,15 @@ class SoftPrompt(nn.Module):
     @property
     def goes_by_items(self) -> bool:
         """Whether the model's loss is divided by `num_items_in_batch`: those of classifiers, for one, are not."""
-        if self._goes_by_items is None:
-            self._goes_by_items = goes_by_items(self.model, self._info)
-        return self._goes_by_items
+        return self._of_loss(goes_by_items)
+
+    def _of_loss(self, check: Callable[[Any, ModelInfo], bool]) -> bool:
+        """What `check` finds out of the model, once for each loss function that it is given."""
+        function = getattr(unwrapped(self.model), "loss_function", None)
+        found = self._loss_found.get(check.__name__)
+        if found is None or found[0] is not function:
+            found = self._loss_found[check.__name__] = function, check(self.model, self._info)
+        return found[1]
 
     @torch.no_grad()
     def generate(

@@ -1,0 +1,139 @@
+"""A causal model's own loss in chunks of rows, so that no more logits than one chunk's are ever held.
+
+    hidden states [B, S, d]  ──  rows that predict a label [R, d]  ──  chunk [r, d]  ──  head  ──  logits [r, V]
+                                                gradient [r, d], loss []  ──┘ at once, and the logits are let go
+
+The head of a chunk is the model's own forward, in a copy that shares all it has and in whose base model's place stands
+one that hands on what it is given. So whatever it does to logits (softcap, scale) is done, and nothing is patched.
+The gradient is taken in the forward, as Liger-Kernel's fused linear cross-entropy takes it: nothing is computed twice.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.info import ModelInfo, unwrapped
+from ..models.probe import ordinary_tokens, quietly
+
+__all__ = ["has_chunks", "in_chunks", "is_large"]
+
+LOGITS = 2**25
+"""Of a chunk, at most: 128 MiB in fp32, of which a loss and its gradient hold two or three; at V = 128,000 still 256
+rows, fewer of which make slower matrix products (at 140 rows the head's time grows by a tenth on a CPU)."""
+
+
+def is_large(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether the logits of `inputs`, with labels one per column, are more than a chunk's; the device is not asked."""
+    labels, V = inputs["labels"], getattr(model.config.get_text_config(), "vocab_size", 0)
+    return labels.numel() * V > LOGITS
+
+
+def in_chunks(model: Any, inputs: dict[str, Any], most: int | None = None) -> Tensor | None:
+    """What `model(**inputs).loss` is, a scalar, for `labels` [B, S]; how many there are the host is told, and waits.
+
+    None where it would not be the same as the model stands: its forward is hooked, compiled or replaced, as by FSDP,
+    parameters of its head are trained, or it adds a loss over routers' choices.
+    """
+    inputs = dict(inputs)
+    labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+    base, outputs = unwrapped(model).get_decoder(), []
+    path = next(name for name, module in model.named_modules() if module is base).split(".")
+
+    def without_rows(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(base(*args, **kwargs))
+        return type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state[:, :0])
+
+    body = _with_base(model, path, _Base(without_rows))
+    if body is None or getattr(model.config, "output_router_logits", False):
+        return None
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in body.parameters()):
+        return None
+    body(**inputs)
+    out = outputs.pop()
+    kind, hidden = type(out), out.last_hidden_state.flatten(0, 1)
+    head = _with_base(model, path, _Base(lambda *_, inputs_embeds, **__: kind(last_hidden_state=inputs_embeds)))
+
+    def summed(rows: Tensor, targets: Tensor) -> Tensor:
+        labels = targets[None]
+        return head(inputs_embeds=rows[None], labels=labels, shift_labels=labels, num_items_in_batch=1).loss
+
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden.device)
+    labelled = (targets != -100).nonzero()[:, 0]
+    chunks = max(math.ceil(len(labelled) * model.config.get_text_config().vocab_size / (most or LOGITS)), 1)
+    rows = hidden.index_select(0, labelled)
+    loss = _Chunked.apply(rows, targets[labelled], summed, math.ceil(len(labelled) / chunks) or 1)
+    if items is None:
+        items = len(labelled)
+    return loss / (items.to(loss.device) if torch.is_tensor(items) else items)
+
+
+def has_chunks(model: Any, info: ModelInfo) -> bool:
+    """Whether `in_chunks` gives the model's loss: for a short text, two labels at a time."""
+    inner = unwrapped(model)
+    V, device = inner.config.get_text_config().vocab_size, inner.get_input_embeddings().weight.device
+    ids = torch.tensor([ordinary_tokens(inner.config, V, 6)], device=device)
+    inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == ids[0, 3], -100)}
+    with quietly(inner):
+        try:
+            whole, chunked = model(**inputs).loss.float(), in_chunks(model, inputs, most=2 * V)
+        except Exception:  # whatever a forward makes of a base model that is none
+            return False
+    most = 1e-4 if inner.dtype == torch.float32 else 1e-2
+    return chunked is not None and torch.allclose(whole, chunked.float(), rtol=most)
+
+
+class _Chunked(torch.autograd.Function):
+    """The sum of `summed` [] over chunks of `size` of rows [R, d] and targets [R]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, targets: Tensor, summed: Callable[..., Tensor], size: int) -> Tensor:
+        losses, gradients = [], []
+        for part in zip(rows.split(size), targets.split(size)):
+            chunk = part[0].detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                loss = summed(chunk, part[1])
+            if ctx.needs_input_grad[0]:
+                with torch.autocast(rows.device.type, enabled=False):  # as a backward has it
+                    gradients += torch.autograd.grad(loss, chunk)
+            losses.append(loss.detach())
+        ctx.summed = summed
+        ctx.save_for_backward(rows, targets, *gradients)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, targets, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient that is differentiated itself: all rows at once
+            return torch.autograd.grad(ctx.summed(rows, targets), rows, grad, create_graph=True)[0], None, None, None
+        return (torch.cat(gradients) * grad[None]).to(rows.dtype), None, None, None
+
+
+class _Base(nn.Module):
+    """In a base model's place: any function."""
+
+    def __init__(self, run: Callable[..., Any]):
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+def _with_base(module: Any, path: list[str], base: nn.Module) -> Any:
+    """A copy of `module` that shares all it has but the module at `path`; None where calling it does more than that."""
+    if not path:
+        return base
+    held = vars(module)
+    if "forward" in held or any(held.get(name) for name in _AROUND):
+        return None
+    inner = _with_base(held["_modules"][path[0]], path[1:], base)
+    copied = object.__new__(type(module))
+    copied.__dict__.update(held, _modules=held["_modules"] | {path[0]: inner})
+    return None if inner is None else copied
+
+
+_AROUND = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
