@@ -20,6 +20,7 @@ __all__ = ["PromptedModel"]
 _FLATTENED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # Outputs with a row for each token, where a model has them.
 _OF_TOKENS = ("logits", "last_hidden_state")
+_CACHES = ("past_key_values", "cache")
 
 
 class PromptedModel(nn.Module):

@@ -238,9 +238,9 @@ class SoftPrompt(nn.Module):
         return self.model(**inputs).loss
 
     @property
-    def cache(self) -> str | None:
-        """What the model's forward calls a cache; None: it takes none."""
-        return self._info.cache
+    def takes_cache(self) -> bool:
+        """Whether the model's forward takes a cache."""
+        return self._info.cache is not None
 
     @property
     def per_token(self) -> bool:
