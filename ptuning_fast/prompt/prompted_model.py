@@ -108,12 +108,10 @@ class PromptedModel(nn.Module):
 
     def _called(self, model: Any, laid_out: LaidOut, flattened: bool, kwargs: dict[str, Any]) -> "ModelOutput":
         mode, batch, inputs = laid_out
-        cache = self.prompt.cache
-        if cache is not None:
-            if kwargs.get(cache) is not None:
-                raise ValueError(
-                    f"{cache} would have the prompt in it, or miss it: what goes on from a cache is generate"
-                )
+        for name in _CACHES:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
+        if self.prompt.takes_cache:
             kwargs.setdefault("use_cache", False)
         out = model(**(kwargs | inputs))
         if not self.prompt.per_token:
