@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .op import prepend_prompt
     from .prompt.soft_prompt import SoftPrompt
 
+__version__ = "0.1.0"
+
 __all__ = ["FastPTuning", "SoftPrompt", "prepend_prompt"]
 
 # Each name is imported when it is asked for: the op needs no transformers, and `--help` no torch.
