@@ -13,7 +13,8 @@ BENCH = [
     "pytest>=8",
     "pytest-benchmark>=5",
 ]
-TEST = [*BENCH, "build", "hypothesis>=6.100", "kernels", "mypy", "pytest-xdist", "ruff"]
+RUNTIMES = ["gguf", "onnx", "onnxruntime", "onnxscript", "xllamacpp; platform_system == 'Linux'"]  # of merged prompts
+TEST = [*BENCH, *RUNTIMES, "build", "hypothesis>=6.100", "kernels", "mypy", "pytest-xdist", "ruff"]
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("ptuning_fast/__init__.py").read_text(encoding="utf-8"))[1]
 

@@ -82,7 +82,10 @@ def save(tokenizer: Any, folder: Path, before: list[int], original: Any) -> None
         settings = {key: value for key, value in settings.items() if key not in ("add_bos_token", "add_eos_token")}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    loaded = AutoTokenizer.from_pretrained(folder)
+    loaded, original = (
+        AutoTokenizer.from_pretrained(folder),
+        copy.deepcopy(original),
+    )  # a call leaves its padding behind
     for text in ((_TEXTS[0],), (_TEXTS[1],), _TEXTS):
         found, expected = loaded(*text)["input_ids"], before + original(*text)["input_ids"]
         if found != expected:
@@ -94,7 +97,7 @@ def save(tokenizer: Any, folder: Path, before: list[int], original: Any) -> None
 
 def warn_of_strings(tokenizer: Any, before: str, ids: list[int], original: Any) -> None:
     """A warning where a text is tokenized otherwise behind the prompt's tokens, given as a string."""
-    text = _TEXTS[0]
+    text, original = _TEXTS[0], copy.deepcopy(original)
     found = tokenizer(before + text, add_special_tokens=False)["input_ids"]
     start = original(text_before(original), add_special_tokens=False)["input_ids"]
     expected = ids + start + original(text, add_special_tokens=False)["input_ids"]
