@@ -39,10 +39,9 @@ def write(
         old = file.read_text(encoding="utf-8") if file.is_file() else None
         if old is None:
             text = f"{_header(base_model)}\n# {kind}\n\n{text}"
-        elif _OURS.search(old):
-            text = _OURS.sub(lambda _: text, old, count=1)
         else:
-            return
+            ours = text
+            text = _OURS.sub(lambda _: ours, old, count=1)
         adapter.replace(file, text.encode())
 
 

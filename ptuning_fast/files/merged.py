@@ -122,6 +122,12 @@ def _with_rows(model: Any, rows: Tensor, ids: list[int]) -> tuple[Any, dict[str,
         shell = type(model)(wider)
     per_token, tables = _per_token(shell, state, V)
 
+    # What is one tensor in the model, and not where its head is its own (Zamba's shared layers), is written as many.
+    seen: dict[int, Any] = {}
+    for name, parameter in shell.named_parameters(remove_duplicate=False):
+        if seen.setdefault(state[name].data_ptr(), parameter) is not parameter and name not in per_token:
+            state[name] = state[name].clone()
+
     size = max(V, ids[-1] + 1)
     for name in per_token:
         old = state[name].cpu()
@@ -162,8 +168,12 @@ def _per_token(shell: Any, state: dict[str, Tensor], V: int) -> tuple[list[str],
     other = [key for key, value in state.items() if value.shape != wider[key].shape]
     for key in other:
         if wider[key].shape != (V + 1, *state[key].shape[1:]) or len(state[key]) != V:
-            raise TypeError(f"{key} of {name} is {list(state[key].shape)}, and there are {V} tokens: no row for each")
+            sizes = f"{list(state[key].shape)}, and with one token more {list(wider[key].shape)}"
+            raise TypeError(f"{key} of {name} is {sizes}: not a row for each of {V} tokens; serve it with SoftPrompt")
     table, head = shell.get_input_embeddings().weight, shell.get_output_embeddings()
     if head is not None and head.weight is table:
         raise TypeError(f"the head of {name} is its embedding, whatever its settings say: serve it with SoftPrompt")
-    return other, [key for key, value in shell.named_parameters(remove_duplicate=False) if value is table]
+    tables = [key for key, value in shell.named_parameters(remove_duplicate=False) if value is table]
+    if not set(tables) <= set(other):
+        raise TypeError(f"the embedding of {name} does not grow with its vocab_size: serve it with SoftPrompt")
+    return other, tables

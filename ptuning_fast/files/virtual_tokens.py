@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
-__all__ = ["added", "in_front", "save", "text_before"]
+__all__ = ["added", "in_front", "save", "text_before", "warn_of_strings"]
 
 _TEXTS = ("Virtual tokens stand before the text.", "naïve  42\n")  # what a saved tokenizer is compared on
 
@@ -76,16 +76,12 @@ def save(tokenizer: Any, folder: Path, before: list[int], original: Any) -> None
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     if before:
-        # Classes of one architecture make a post-processor of their own as they load; this one takes tokenizer.json's,
-        # and so does any where nothing is said of BOS and EOS, which are in there.
+        # Classes of one architecture make a post-processor of their own as they load; this one takes tokenizer.json's.
         settings = json.loads(file.read_text(encoding="utf-8"))
-        settings = {key: value for key, value in settings.items() if key not in ("add_bos_token", "add_eos_token")}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    loaded, original = (
-        AutoTokenizer.from_pretrained(folder),
-        copy.deepcopy(original),
-    )  # a call leaves its padding behind
+    loaded = AutoTokenizer.from_pretrained(folder)
+    original = copy.deepcopy(original)  # a call leaves its padding behind
     for text in ((_TEXTS[0],), (_TEXTS[1],), _TEXTS):
         found, expected = loaded(*text)["input_ids"], before + original(*text)["input_ids"]
         if found != expected:
@@ -105,7 +101,7 @@ def warn_of_strings(tokenizer: Any, before: str, ids: list[int], original: Any) 
         warnings.warn(
             f"{type(tokenizer).__name__} gives other tokens for a text that stands behind special tokens in a string "
             f"({found[len(ids) :][:5]}, not {expected[len(ids) :][:5]}): give such runtimes token ids",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

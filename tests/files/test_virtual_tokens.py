@@ -4,9 +4,9 @@ import copy
 import json
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers_built import CHAT, byte_level
-from transformers import AutoTokenizer, RobertaTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from ptuning_fast.files import virtual_tokens
 
@@ -28,10 +28,10 @@ def sequence():
 
 
 def with_bos_by_its_settings():
+    """Which make a post-processor anew whenever they are set."""
     tokenizer = byte_level("$A")
-    tokenizer.add_bos_token = True
-    tokenizer.init_kwargs["add_bos_token"] = True
-    return tokenizer
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, add_bos_token=True, **names)
 
 
 KINDS = {
@@ -111,6 +111,19 @@ def test_without_the_post_processor(tmp_path, original):
     whole = original(TEXT)["input_ids"]
     text = original(TEXT, add_special_tokens=False)["input_ids"]
     assert found == ids + whole[: whole.index(text[0]) + len(text)]
+
+
+def test_a_string_that_is_tokenized_otherwise(tmp_path):
+    """SentencePiece's space before a text, which is not put behind a token: said, as it cannot be mended."""
+    names = ["<pad>", "<s>", "</s>", "▁", *map(chr, range(33, 127))]
+    backend = Tokenizer(models.BPE({name: place for place, name in enumerate(names)}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    original = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer, ids = virtual_tokens.added(original, TOKENS)
+    with pytest.warns(UserWarning, match="gives other tokens for a text that stands behind special tokens"):
+        virtual_tokens.warn_of_strings(tokenizer, "".join(TOKENS), ids, original)
+    theirs, ids = saved(original, tmp_path)
+    assert theirs(TEXT)["input_ids"] == ids + original(TEXT)["input_ids"]  # the post-processor does it right
 
 
 @pytest.mark.parametrize("post_processor", [True, False])
