@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,11 +13,25 @@ BENCH = [
     "pytest>=8",
     "pytest-benchmark>=5",
 ]
-TEST = [*BENCH, "bitsandbytes", "build", "hypothesis>=6.100", "kernels", "mypy", "pytest-xdist", "ruff", "trl"]
+RUNTIMES = ["gguf", "onnx", "onnxruntime", "onnxscript", "xllamacpp; platform_system == 'Linux'"]  # of merged prompts
+TEST = [
+    *BENCH,
+    *RUNTIMES,
+    "bitsandbytes",
+    "build",
+    "hypothesis>=6.100",
+    "kernels",
+    "mypy",
+    "pytest-xdist",
+    "ruff",
+    "trl",
+]
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("ptuning_fast/__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="ptuning-fast",
-    version="0.1.0",
+    version=VERSION,
     description="Prompt tuning with the token lookup, the prompt and the mask in one GPU kernel",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .prompt.prompted_model import PromptedModel
     from .prompt.soft_prompt import SoftPrompt
 
+__version__ = "0.1.0"
+
 __all__ = ["FastPTuning", "PromptedModel", "SoftPrompt", "prepend_prompt", "trained_only"]
 
 # Each name is imported when it is asked for: the op needs no transformers, and `--help` no torch.

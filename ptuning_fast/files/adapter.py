@@ -23,10 +23,11 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save", "saving"]
+__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save", "saving"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+CARD = "README.md"
 _RANDOM = "[a-z0-9_]" * 8  # what tempfile.mkstemp puts behind a name
 _CHECKSUMS = ("ptuning_fast.sha256", "ptuning_fast.sha256.copy")
 _IN_HEADER = re.compile(rb'"(ptuning_fast\.sha256(?:\.copy)?)":"([^"]*)"')
@@ -60,7 +61,7 @@ def saving(folder: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-            for leftover in (one for name in (WEIGHTS, CONFIG) for one in folder.glob(f".{name}.{_RANDOM}")):
+            for leftover in (one for name in (WEIGHTS, CONFIG, CARD) for one in folder.glob(f".{name}.{_RANDOM}")):
                 leftover.unlink(missing_ok=True)
         yield
     finally:

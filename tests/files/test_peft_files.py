@@ -98,7 +98,11 @@ def test_files_are_as_peft_writes_them(tmp_path):
     assert set(theirs) - set(ours) <= {"peft_version"}
     for key in set(ours) - {"base_model_name_or_path", "modules_to_save"}:  # PEFT adds the second by the task
         assert ours[key] == theirs[key], key
-    assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == [adapter.CONFIG, adapter.WEIGHTS]
+    assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == [
+        adapter.CARD,
+        adapter.CONFIG,
+        adapter.WEIGHTS,
+    ]
 
 
 def train(prompt, optimizer, steps):
@@ -142,14 +146,14 @@ def test_bank(tmp_path):
     loaded = SoftPrompt.from_pretrained(model, tmp_path)
     assert loaded.num_prompts == 3
     assert torch.equal(loaded.embeddings(), bank.embeddings())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1", "2", "adapter_model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1", "2", adapter.CARD, adapter.WEIGHTS]
     for place in range(3):
         single = SoftPrompt(model, zoo.M, init=bank.embeddings()[place])
         theirs = peft.PeftModel.from_pretrained(zoo.build("Llama"), tmp_path / str(place))
         assert_same_outputs(single, theirs, "CAUSAL_LM")
     SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
     assert SoftPrompt.from_pretrained(model, tmp_path).num_prompts is None
-    assert sorted(file.name for file in tmp_path.iterdir()) == [adapter.CONFIG, adapter.WEIGHTS]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [adapter.CARD, adapter.CONFIG, adapter.WEIGHTS]
 
 
 KINDS = {"plain": {}, "encoder": {"encoder": "mlp"}, "bank": {"num_prompts": 2}}

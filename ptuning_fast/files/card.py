@@ -1,0 +1,100 @@
+"""The model card: README.md of a saved folder, as the hub shows it.
+
+What is ours stands between two marks and is written anew with each save; a README.md without them is left as it is.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from . import adapter
+
+__all__ = ["write", "write_adapter", "write_merged"]
+
+_OURS = re.compile(r"<!-- ptuning-fast -->\n.*?<!-- end of ptuning-fast -->\n", re.DOTALL)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+
+
+def write(
+    folder: str | Path, kind: str, base_model: str, facts: dict[str, Any], code: str, figures: dict[str, Any] | None
+) -> None:
+    """Write the card of what is in `folder`.
+
+    Args:
+        kind: what it is: "A soft prompt".
+        facts, figures: rows of the two tables; without figures there is one.
+        code: how to load it.
+    """
+    file = Path(folder) / adapter.CARD
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value not in (None, "")]
+    text = f"{kind} for `{base_model or 'a model without a name'}`, by ptuning-fast.\n\n"
+    text += "| | |\n| --- | --- |\n" + "\n".join(rows) + f"\n\n```python\n{code.strip()}\n```\n"
+    if figures:
+        rows = [f"| {key} | {_cell(value)} |" for key, value in figures.items()]
+        text += "\n| figure | value |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+    text = f"<!-- ptuning-fast -->\n{text}<!-- end of ptuning-fast -->\n"
+    with adapter.saving(Path(folder)):
+        old = file.read_text(encoding="utf-8") if file.is_file() else None
+        if old is None:
+            text = f"{_header(base_model)}\n# {kind}\n\n{text}"
+        else:
+            ours = text
+            text = _OURS.sub(lambda _: ours, old, count=1)
+        adapter.replace(file, text.encode())
+
+
+def _cell(value: Any) -> str:
+    return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", r"\|").replace("\n", " ")
+
+
+def write_adapter(
+    folder: str | Path, model: Any, config: dict[str, Any], settings: dict[str, Any], figures: dict[str, Any] | None
+) -> None:
+    """The card of a soft prompt, from the settings that are saved with it."""
+    base, class_name = config["base_model_name_or_path"] or "", type(model).__name__
+    encoder = settings["encoder"] or {}
+    facts = {
+        "task": config["task_type"],
+        "virtual tokens": config["num_virtual_tokens"],
+        "width": config["token_dim"],
+        "prompts": settings["num_prompts"],
+        "encoder": encoder.get("kind"),
+        "made with": f"ptuning-fast {__version__}",
+    }
+    code = f"""
+from transformers import {class_name}
+from ptuning_fast import SoftPrompt
+
+model = {class_name}.from_pretrained({base or "..."!r}).requires_grad_(False)
+prompt = SoftPrompt.from_pretrained(model, "path/to/this/folder")  # or its name on the hub
+output = model(**prompt(input_ids, attention_mask))
+"""
+    if settings["num_prompts"] is None:
+        code += '\n# or: peft.PeftModel.from_pretrained(model, "path/to/this/folder")\n'
+    write(folder, "A soft prompt", base, facts, code, figures)
+
+
+def write_merged(folder: Path, model: Any, strings: dict[str, str], length: int, bank: bool) -> None:
+    """The card of a checkpoint with one or more prompts in its vocabulary."""
+    auto = "AutoModelForCausalLM" if model.can_generate() else type(model).__name__
+    folder_of_one = f', subfolder="{next(iter(strings))}"' if bank else ""
+    code = f"""
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{folder_of_one})
+output = model(**tokenizer("a text", return_tensors="pt"))
+"""
+    facts = {"virtual tokens": length, "prompts": ", ".join(strings), "made with": f"ptuning-fast {__version__}"}
+    facts |= {f"`{name}` as a string": f"`{string}`" for name, string in strings.items()}
+    base = str(getattr(model.config, "_name_or_path", "") or "")
+    write(folder, "A model with a soft prompt in its vocabulary", base, facts, code, None)
+
+
+def _header(base_model: str) -> str:
+    lines = ["library_name: transformers", "tags:", "- prompt-tuning", "- ptuning-fast"]
+    if _HUB_ID.fullmatch(base_model) and not Path(base_model).exists():  # the hub refuses a name of anything else
+        lines.insert(0, f"base_model: {json.dumps(base_model)}")
+    return "---\n" + "\n".join(lines) + "\n---\n"

@@ -1,0 +1,188 @@
+"""What is expected of a saved prompt: a model card, the hub, a version; and its embeddings, for runtimes like vLLM."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+import zoo
+
+import ptuning_fast
+from ptuning_fast import SoftPrompt
+from ptuning_fast.files import adapter, card
+
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
+
+def prompt_for(name="Llama", base="", **options):
+    model = zoo.build(name, options.pop("class_name", None))
+    model.config._name_or_path = base
+    return SoftPrompt(model, zoo.M, **options)
+
+
+def settings_of(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_card(tmp_path):
+    prompt = prompt_for(base="some/llama")
+    prompt.save_pretrained(tmp_path, figures={"accuracy": 0.81234, "on": "a | b"})
+    text = (tmp_path / adapter.CARD).read_text()
+    assert settings_of(text)["base_model"] == "some/llama"
+    assert "prompt-tuning" in settings_of(text)["tags"]
+    for line in ("| virtual tokens | 5 |", "| width | 32 |", "| accuracy | 0.8123 |", r"| on | a \| b |"):
+        assert line in text
+    assert "prompts" not in text.replace("soft-prompts", "")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "card", "exec")
+    assert "LlamaForCausalLM.from_pretrained('some/llama')" in code
+
+
+def test_a_cards_code_runs(tmp_path, minilm):
+    """With the names of the folders in it."""
+    from transformers import BertModel
+
+    SoftPrompt(BertModel.from_pretrained(minilm), 5).save_pretrained(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / adapter.CARD).read_text(), re.DOTALL)
+    code = code.replace("path/to/this/folder", str(tmp_path))
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}
+    exec(code, inputs)
+    assert inputs["output"].last_hidden_state.shape == (2, 8, 384)
+
+
+def test_a_card_is_written_anew_and_what_others_wrote_stays(tmp_path):
+    prompt_for().save_pretrained(tmp_path, figures={"loss": 1})
+    file = tmp_path / adapter.CARD
+    file.write_text("---\nlicense: mit\n---\nMine.\n" + file.read_text().split("---\n")[2] + "Mine, too.\n")
+    prompt_for(num_prompts=3, encoder="mlp").save_pretrained(tmp_path)
+    text = file.read_text()
+    assert "license: mit" in text and text.endswith("Mine, too.\n") and "loss" not in text
+    assert "| prompts | 3 |" in text and "| encoder | mlp |" in text and "peft.PeftModel" not in text
+    file.write_text("Nothing of ours.\n")
+    prompt_for().save_pretrained(tmp_path)
+    assert file.read_text() == "Nothing of ours.\n"
+
+
+@pytest.mark.parametrize("base", ["", "/a/folder", "tests/files", "runs/llama/best"])
+def test_a_card_names_no_folder_as_the_base_model(tmp_path, base):
+    """The hub would refuse it."""
+    prompt_for(base=base).save_pretrained(tmp_path)
+    text = (tmp_path / adapter.CARD).read_text()
+    assert "base_model" not in settings_of(text)
+    assert base in text
+
+
+def test_the_header_is_what_the_hub_takes(tmp_path):
+    prompt_for(base="some/llama").save_pretrained(tmp_path)
+    loaded = huggingface_hub.ModelCard.load(tmp_path / adapter.CARD)
+    assert loaded.data.base_model == "some/llama" and loaded.data.library_name
+
+
+class Hub:
+    """HfApi, whose repositories are folders."""
+
+    root: Path
+    calls: list
+
+    def __init__(self, token=None):
+        self.calls.append(("token", token))
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        assert exist_ok
+        self.calls.append(("create", repo_id, private))
+        (self.root / "me" / repo_id.split("/")[-1]).mkdir(parents=True, exist_ok=True)
+        return SimpleNamespace(repo_id=f"me/{repo_id.split('/')[-1]}")
+
+    def file_exists(self, repo_id, name, *, revision):
+        return (self.root / repo_id / name).exists()
+
+    def hf_hub_download(self, repo_id, name, *, revision, local_dir):
+        (Path(local_dir) / name).write_bytes((self.root / repo_id / name).read_bytes())
+
+    def upload_folder(self, *, repo_id, folder_path, revision, commit_message, create_pr):
+        self.calls.append(("upload", revision, commit_message, create_pr))
+        for file in Path(folder_path).rglob("*"):
+            if file.is_file():
+                to = self.root / repo_id / file.relative_to(folder_path)
+                to.parent.mkdir(exist_ok=True)
+                to.write_bytes(file.read_bytes())
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    Hub.root, Hub.calls = tmp_path / "hub", []
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(Hub.root / name))
+    return Hub
+
+
+def test_the_hub(hub, monkeypatch):
+    """Pushed, loaded by its name, and pushed again: what was written into the card on the hub stays."""
+    prompt = prompt_for(base="some/llama")
+    assert prompt.push_to_hub("prompt", private=True, token="secret", figures={"loss": 2.5}) == "https://hub/me/prompt"
+    assert hub.calls[:2] == [("token", "secret"), ("create", "prompt", True)]
+    assert hub.calls[2] == ("upload", None, "Upload a soft prompt", False)
+    files = sorted(file.name for file in (hub.root / "me/prompt").iterdir())
+    assert files == [adapter.CARD, adapter.CONFIG, adapter.WEIGHTS]
+    loaded = SoftPrompt.from_pretrained(prompt.model, "me/prompt")
+    assert torch.equal(loaded.prompt_embeddings, prompt.prompt_embeddings)
+
+    on_hub = hub.root / "me/prompt" / adapter.CARD
+    on_hub.write_text(on_hub.read_text() + "Mine.\n")
+    prompt.push_to_hub("me/prompt", commit_message="again", create_pr=True, revision="dev")
+    assert hub.calls[-1] == ("upload", "dev", "again", True)
+    assert on_hub.read_text().endswith("Mine.\n") and "loss" not in on_hub.read_text()
+
+
+def test_neither_a_folder_nor_on_the_hub(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        FileNotFoundError, match="no adapter in me/nothing: no such folder, and from the hub: no network"
+    ):
+        SoftPrompt.from_pretrained(zoo.build("Llama"), "me/nothing")
+    with pytest.raises(FileNotFoundError, match="no adapter in nothing"):
+        SoftPrompt.from_pretrained(zoo.build("Llama"), "nothing")
+
+
+def test_version():
+    """In one place, which setup.py reads."""
+    command = [sys.executable, "setup.py", "--version"]
+    found = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert found.stdout.split()[-1] == ptuning_fast.__version__, found.stderr
+    assert card.__version__ == ptuning_fast.__version__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "OPT", "GPT-2"])
+def test_embeddings_for(name, dtype):
+    """As vLLM takes them: one tensor of rows on the CPU, in the model's dtype; what its own generate would be given."""
+    model = zoo.build(name).to(dtype)
+    prompt = SoftPrompt(model, zoo.M, encoder="mlp", encoder_dropout=0.5).train()
+    ids = zoo.texts()[1]
+    rows = prompt.embeddings_for(ids)
+    d = model.get_input_embeddings().weight.shape[1]
+    assert rows.shape == (zoo.M + len(ids), d) and rows.dtype == dtype and rows.device.type == "cpu"
+    assert rows.is_contiguous() and not rows.requires_grad
+    assert torch.equal(rows, prompt.eval()(ids[None])["inputs_embeds"][0])
+    assert torch.equal(rows, prompt.embeddings_for(ids.tolist()))
+
+
+def test_embeddings_for_one_of_a_bank():
+    prompt = prompt_for(num_prompts=2)
+    rows = prompt.embeddings_for([3, 4], prompt_index=1)
+    assert torch.equal(rows[: zoo.M], prompt.prompt_embeddings[1])
+    assert prompt.embeddings_for([], prompt_index=0).shape == (zoo.M, zoo.D)
+    for arguments, match in ((([3],), "prompt_index is None"), (([[3], [4]], 1), r"\[n\]; they are \[2, 1\]")):
+        with pytest.raises(ValueError, match=match):
+            prompt.embeddings_for(*arguments)
+    with pytest.raises(ValueError, match="prompt_index is 0, and num_prompts None"):
+        prompt_for().embeddings_for([3], prompt_index=0)
