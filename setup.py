@@ -14,18 +14,8 @@ BENCH = [
     "pytest-benchmark>=5",
 ]
 RUNTIMES = ["gguf", "onnx", "onnxruntime", "onnxscript", "xllamacpp; platform_system == 'Linux'"]  # of merged prompts
-TEST = [
-    *BENCH,
-    *RUNTIMES,
-    "bitsandbytes",
-    "build",
-    "hypothesis>=6.100",
-    "kernels",
-    "mypy",
-    "pytest-xdist",
-    "ruff",
-    "trl",
-]
+TEST = [*BENCH, *RUNTIMES, "bitsandbytes", "build", "hypothesis>=6.100", "kernels", "mypy", "pytest-xdist", "ruff"]
+TEST += ["trl"]
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("ptuning_fast/__init__.py").read_text(encoding="utf-8"))[1]
 

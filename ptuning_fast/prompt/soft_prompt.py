@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..files import card, hub, merged, peft
+from ..files import card, hub, peft
 from ..models import describe, unwrapped
 from ..models.info import ModelInfo
 from ..modes import Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
+from ..serving import merged
 from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
 from .head import has_chunks, in_chunks, is_large

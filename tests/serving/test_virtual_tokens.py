@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers_built import CHAT, byte_level
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
-from ptuning_fast.files import virtual_tokens
+from ptuning_fast.serving import virtual_tokens
 
 TOKENS = [f"<|prompt_{place}|>" for place in range(4)]
 TEXT, PAIR = "Return  the keys\n(naïve, 42)", "and their values."

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import card
 from ..models.embedding import embed_scale, unreadable
 from ..models.info import unwrapped
-from . import card, virtual_tokens
+from . import virtual_tokens
 
 __all__ = ["save"]
 

@@ -13,7 +13,7 @@ from tokenizers_built import SPECIAL, byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from ptuning_fast import SoftPrompt
-from ptuning_fast.files import merged
+from ptuning_fast.serving import merged
 
 V = 112
 """Rows of the tables here. A BLAS may round the last columns of a product otherwise where it has more columns than a
