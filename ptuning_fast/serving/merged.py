@@ -117,8 +117,8 @@ def _check_ids(model: Any, ids: list[int]) -> None:
 def _with_rows(model: Any, rows: Tensor, ids: list[int]) -> tuple[Any, dict[str, Tensor]]:
     """The model as it is to be saved, with `rows` at `ids`, and its tensors: those that change are new ones."""
     table, state = model.get_input_embeddings(), model.state_dict()
-    V, tied = table.num_embeddings, model.get_output_embeddings() is not None
-    wider = _config(model, V + 1, tied)
+    V, headed = table.num_embeddings, model.get_output_embeddings() is not None
+    wider = _config(model, V + 1, headed)
     with torch.device("meta"):
         shell = type(model)(wider)
     per_token, tables = _per_token(shell, state, V)
@@ -141,10 +141,11 @@ def _with_rows(model: Any, rows: Tensor, ids: list[int]) -> tuple[Any, dict[str,
 
     # The model with other settings; its modules are the model's own, and only their names are looked at.
     saved = copy.copy(model)
-    saved.config = _config(model, size, tied)
+    saved.config = _config(model, size, headed)
     if model.can_generate():
         saved.generation_config = copy.deepcopy(model.generation_config)
         saved.generation_config.suppress_tokens = [*(saved.generation_config.suppress_tokens or []), *ids]
+        saved.generation_config.validate(strict=True)  # as saving it does, when files have been written
     return saved, state
 
 

@@ -322,6 +322,8 @@ def test_refusals(tmp_path):
     refused(build(), ValueError, f"has 117 tokens, and the vocabulary .* {V} rows", tokenizer=characters(size=117))
     refused(build(pad_token_id=99), ValueError, "pad_token_id is 99", tokenizer=characters(size=99))
     refused(build(), ValueError, "names must be 1", names=["../other"])
+    odd = lambda model: setattr(model.generation_config, "temperature", -1.0)  # noqa: E731
+    refused(build(), ValueError, "temperature", change=odd)
     slow = type("Slow", (), {"is_fast": False})()
     refused(build(), TypeError, "Slow is no fast tokenizer", tokenizer=slow)
     assert not (tmp_path / "refused").exists()
