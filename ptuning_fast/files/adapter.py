@@ -23,10 +23,15 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save", "saving"]
+__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "kind_of", "load", "read", "replace", "save", "saving"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_LOADED_BY = {
+    "FastPTuning": "FastPTuning.from_pretrained",
+    "PROMPT_TUNING": "SoftPrompt.from_pretrained",
+    "P_TUNING": "SoftPrompt.from_pretrained",
+}
 _RANDOM = "[a-z0-9_]" * 8  # what tempfile.mkstemp puts behind a name
 _CHECKSUMS = ("ptuning_fast.sha256", "ptuning_fast.sha256.copy")
 _IN_HEADER = re.compile(rb'"(ptuning_fast\.sha256(?:\.copy)?)":"([^"]*)"')
@@ -73,6 +78,25 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {folder}: there is no {WEIGHTS}")
     return read(path)
+
+
+def kind_of(folder: str | Path, settings: dict) -> tuple[str, str]:
+    """What an adapter with these settings is, and what a message says of it.
+
+    The former is "FastPTuning" or PEFT's name of the kind ("PROMPT_TUNING", "LORA", ...), and "" where nothing says it.
+
+    Args:
+        folder: whose adapter_config.json is read where the file itself, being PEFT's, has no settings.
+    """
+    if not settings:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    config = settings.get("config", settings) if isinstance(settings, dict) else settings
+    config = config if isinstance(config, dict) else {}
+    kind = str(config.get("peft_type") or ("FastPTuning" if "num_labels" in config else ""))
+    if not kind:
+        return "", f"{folder} holds no adapter of a known kind"
+    return kind, f"{folder} holds a {kind} adapter, which {_LOADED_BY.get(kind, 'peft.PeftModel.from_pretrained')} loads"
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:
