@@ -108,8 +108,9 @@ class FastPTuning(nn.Module):
             raise ValueError(f"id2label must name the labels 0 to {num_labels - 1}; it has {sorted(id2label)}")
         if not isinstance(model_name, (str, Path, PreTrainedModel)):
             raise TypeError(f"model_name must be a name, a folder or a loaded encoder, not {type(model_name).__name__}")
-        loaded = isinstance(model_name, nn.Module)
-        self.bert: Any = model_name if loaded else AutoModel.from_pretrained(located(model_name))
+        given: Any = model_name
+        loaded = isinstance(given, nn.Module)
+        self.bert: Any = given if loaded else AutoModel.from_pretrained(located(given))
         if self.bert.base_model is not self.bert:
             raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
         if self.bert.config.is_encoder_decoder:

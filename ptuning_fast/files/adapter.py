@@ -23,7 +23,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CONFIG", "WEIGHTS", "as_bytes", "check_writable", "kind_of", "load", "read", "replace", "save", "saving"]
+__all__ = [
+    *("CONFIG", "WEIGHTS", "as_bytes", "check_writable", "is_another", "kind_of", "load", "read", "replace", "save"),
+    "saving",
+]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -80,23 +83,24 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     return read(path)
 
 
-def kind_of(folder: str | Path, settings: dict) -> tuple[str, str]:
-    """What an adapter with these settings is, and what a message says of it.
+def kind_of(folder: str | Path, settings: dict) -> tuple[str, dict]:
+    """What the adapter in `folder` is, by the settings in its file or, where it is PEFT's own, beside it; and these.
 
-    The former is "FastPTuning" or PEFT's name of the kind ("PROMPT_TUNING", "LORA", ...), and "" where nothing says it.
-
-    Args:
-        folder: whose adapter_config.json is read where the file itself, being PEFT's, has no settings.
+    "FastPTuning" or PEFT's name of the kind ("PROMPT_TUNING", "LORA", ...); "" where nothing says it.
     """
     if not settings:
         with contextlib.suppress(OSError, ValueError, RecursionError):
             settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    config = settings.get("config", settings) if isinstance(settings, dict) else settings
+    config = settings.get("config", settings) if isinstance(settings, dict) else {}
     config = config if isinstance(config, dict) else {}
-    kind = str(config.get("peft_type") or ("FastPTuning" if "num_labels" in config else ""))
+    return str(config.get("peft_type") or ("FastPTuning" if "num_labels" in config else "")), config
+
+
+def is_another(folder: str | Path, kind: str) -> str:
+    """The beginning of a message about an adapter that was given in the place of another."""
     if not kind:
-        return "", f"{folder} holds no adapter of a known kind"
-    return kind, f"{folder} holds a {kind} adapter, which {_LOADED_BY.get(kind, 'peft.PeftModel.from_pretrained')} loads"
+        return f"{folder} holds no adapter of a known kind"
+    return f"{folder} holds a {kind} adapter, which {_LOADED_BY.get(kind, 'peft.PeftModel.from_pretrained')} loads"
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:
