@@ -162,6 +162,8 @@ class Language:
         self.options = options
         if not (options.model and options.train_file):
             raise InputError("--task lm needs a --model and a --train-file: none comes along for it")
+        if options.prompt_length == 0:
+            raise InputError("a --prompt-length of 0 leaves nothing to train")
         if options.pooling or options.compare:
             raise InputError("--pooling and --compare are for --task classify: leave them out")
 
@@ -222,7 +224,7 @@ class Language:
 
     def measured(self, trainer: Any) -> str:
         loss = trainer.held_out_loss()
-        return f"loss {loss:.4f} a token (perplexity {math.exp(min(loss, 700)):.2f})"
+        return f"loss {loss:.4f} a token (perplexity {math.exp(min(loss, 700)):.4g})"
 
     @staticmethod
     def from_adapter(options: Namespace, name: str) -> tuple[Any, Any]:

@@ -56,9 +56,8 @@ def test_the_embedded_text():
     assert stdlib_docstrings() == (texts, labels)
 
 
-@pytest.mark.parametrize("suffix", [".csv"])
-def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch, suffix):
-    file = write(tmp_path / f"train{suffix}", rows, ("review", "stars"))
+def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch):
+    file = write(tmp_path / "train.csv", rows, ("review", "stars"))
     folder = tmp_path / "new/adapter"
     columns = ["--text-column", "review", "--label-column", "stars"]
     options = ["--prompt-length", "4", "--epochs", "3", "--batch-size", "8", "--output", str(folder), *columns]
@@ -79,7 +78,7 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     batch = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = [model.id2label[number] for number in model(**batch).argmax(-1).tolist()]
-    test_file = write(tmp_path / f"test{suffix}", [(text,) for text in texts], ("review",))
+    test_file = write(tmp_path / "test.parquet", [(text,) for text in texts], ("review",))
     assert main(["predict", "--adapter", str(folder), "--file", test_file, "--text-column", "review"]) == 0
     assert capsys.readouterr().out.splitlines() == expected
     lines = "\ufeff" + "".join(f"{' '.join(text.split())}\r\n" for text in texts)
@@ -301,6 +300,23 @@ def test_bad_options(options, capsys):
         main(["train", *options])
     assert stop.value.code == 2
     assert "error: argument" in capsys.readouterr().err
+
+
+def test_logs_go_where_they_are_wanted(rows_file, encoder, tmp_path, monkeypatch):
+    """`--report-to` is the Trainer's: each loss, and what is measured."""
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    logged = []
+
+    class Journal(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            logged.extend(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "journal", Journal)
+    options = ["--train-file", rows_file, "--model", encoder, "--output", str(tmp_path), "--report-to", "journal"]
+    assert main(["train", *options]) == 0
+    assert {"loss", "learning_rate", "grad_norm", "eval_accuracy"} <= set(logged)
 
 
 def test_as_a_program(tmp_path):

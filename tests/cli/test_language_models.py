@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -50,7 +52,7 @@ def test_rows_of_prompts_and_completions(language_model, pairs_file, rows):
         assert not row["cut"]
     lm.most = len(tokenizer(given[0][0])["input_ids"]) + 1
     assert lm.rows(([given[0][0]], ["a long completion"]), tokenizer)[0]["cut"]
-    with pytest.raises(tasks.InputError, match="row 1: its prompt has .* take a larger --max-length"):
+    with pytest.raises(tasks.InputError, match=r"row 1: its prompt has .* take a larger --max-length"):
         lm.rows(([given[0][0] + " more"], ["x"]), tokenizer)
 
 
@@ -83,7 +85,7 @@ def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(language_model).eval()
     prompt = SoftPrompt.from_pretrained(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="left", pad_token="</s>")
-    texts = [f"{text} ->" for text, _ in rows[::20]]
+    texts = [f"{' '.join(text.split())} ->" for text, _ in rows[::20]]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     predict = ["predict", "--adapter", str(folder), "--file", str(tmp_path / "texts.txt"), "--max-new-tokens", "5"]
     assert main(predict) == 0
@@ -134,7 +136,7 @@ def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys):
         (["--pooling", "mean"], "--pooling and --compare are for --task classify"),
         (["--compare"], "--pooling and --compare are for --task classify"),
         (["--prompt-length", "3000"], "leaves no room for text"),
-        (["--prompt-length", "0", "--mode", "packed"], "mode='packed'"),
+        (["--prompt-length", "0"], "nothing to train"),
         (["--text-column", "body", "--prompt-column", "question"], "no column 'body'; it has 'prompt', 'completion'"),
     ],
 )
@@ -160,6 +162,16 @@ def test_predict_names_other_adapters(tmp_path, capsys):
     ):
         assert main(["predict", "--adapter", str(tmp_path / folder)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_dropout_rules_out_is_said_before_anything_runs(language_model, pairs_file, tmp_path, capsys):
+    config = json.loads((Path(language_model) / "config.json").read_text()) | {"attention_dropout": 0.1}
+    shutil.copytree(language_model, tmp_path / "dropout")
+    (tmp_path / "dropout/config.json").write_text(json.dumps(config))
+    given = ["train", "--task", "lm", "--model", str(tmp_path / "dropout"), "--train-file", pairs_file]
+    assert main([*given, "--output", str(tmp_path / "a"), "--mode", "shared"]) == 2
+    assert "mode='shared': " in capsys.readouterr().err
+    assert main([*given, "--output", str(tmp_path / "a"), "--epochs", "0.1"]) == 0
 
 
 def test_the_adapter_of_the_demonstration(rows, tmp_path, monkeypatch, capsys):
