@@ -28,6 +28,7 @@ from ..models import describe
 from ..models.probe import is_causal
 from ..modes import mode_for
 from ..prompt.prompted_model import PromptedModel
+from ..prompt.soft_prompt import SoftPrompt
 from .docstrings import stdlib_docstrings
 from .tables import InputError, read_labelled, read_pairs
 
@@ -232,7 +233,8 @@ class Language:
             raise InputError(f"--scores is for classifiers, and {options.adapter} is the prompt of a language model")
         model, tokenizer = load(transformers.AutoModelForCausalLM, name)
         tokenizer.padding_side = "left"
-        return PromptedModel.from_pretrained(model, options.adapter), tokenizer
+        prompt = SoftPrompt.from_pretrained(model, options.adapter, any_base=bool(options.model))
+        return PromptedModel(model, prompt=prompt), tokenizer
 
     @staticmethod
     def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> list[str]:

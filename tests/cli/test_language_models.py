@@ -95,6 +95,9 @@ def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     )
     expected = [text.replace("\n", "\\n") for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     assert capsys.readouterr().out.split("\n")[:-1] == expected
+    shutil.copytree(language_model, tmp_path / "elsewhere")
+    assert main([*predict, "--model", str(tmp_path / "elsewhere")]) == 0
+    assert capsys.readouterr().out.split("\n")[:-1] == expected
     for change, message in (
         (["--scores"], "--scores is for classifiers"),
         (["--model", str(tmp_path / "nowhere")], "cannot load the model"),
