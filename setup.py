@@ -32,6 +32,7 @@ setup(
     packages=[*find_packages(include=["ptuning_fast", "ptuning_fast.*"]), "ptuning_fast.kernels"],
     package_dir={"ptuning_fast.kernels": "kernels/prompt_embedding"},
     package_data={"ptuning_fast": ["py.typed"], "ptuning_fast.kernels": ["metadata.json"]},
+    entry_points={"console_scripts": ["ptuning-fast = ptuning_fast.cli.main:main"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

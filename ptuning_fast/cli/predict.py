@@ -1,41 +1,46 @@
-"""`python -m ptuning_fast predict`: read texts, write labels."""
+"""`python -m ptuning_fast predict`: read texts, write labels, or what a language model goes on with."""
 
 import sys
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
-from ..classify.classifier import FastPTuning
 from ..files import adapter
-from .encoder import load_encoder
 from .tables import InputError, lines_of, read_texts
+from .tasks import ADAPTERS
 
 __all__ = ["run"]
 
 
 def run(options: Namespace) -> None:
-    """One label a line, in the order of the texts; with `--scores` its probability behind a tab."""
+    """One line a text, in the order of the texts."""
     try:
-        name = options.model or adapter.load(options.adapter)[1].get("base_model_name_or_path", "")
+        settings = adapter.load(options.adapter)[1]
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from None
+    kind, config = adapter.kind_of(options.adapter, settings)
+    if kind not in ADAPTERS or config.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise InputError(f"{adapter.is_another(options.adapter, kind)}; predict is for what train writes")
+    name = options.model or config.get("base_model_name_or_path") or ""
     if options.file:
         texts = read_texts(options.file, options.text_column)
     else:
         texts = lines_of(sys.stdin.buffer.read(), "standard input")
-    encoder, tokenizer = load_encoder(name)
     try:
-        model = FastPTuning.from_pretrained(options.adapter, encoder)
+        model, tokenizer = ADAPTERS[kind].from_adapter(options, name)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise InputError((str(error).splitlines() or ["?"])[0]) from None
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     try:
-        with _output(options.output) as out:
+        with _output(options.output) as out, torch.no_grad():
             for start in range(0, len(texts), options.batch_size):
-                for label, score in predict(model, tokenizer, texts[start : start + options.batch_size]):
-                    print(f"{label}\t{score:.4f}" if options.scores else label, file=out, flush=True)
+                batch = texts[start : start + options.batch_size]
+                for line in ADAPTERS[kind].predicted(model, tokenizer, batch, options):
+                    print(line, file=out, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -49,17 +54,3 @@ def _output(path: str | None) -> AbstractContextManager[TextIO]:
         return open(path, "w", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-@torch.no_grad()
-def predict(model: FastPTuning, tokenizer: Any, texts: list[str]) -> list[tuple[str, float]]:
-    """[(label, probability)] for a batch of texts, those that are too long cut to `model.max_length` tokens."""
-    cut = {"truncation": True, "max_length": model.max_length} if model.max_length else {}
-    batch = tokenizer(texts, padding=True, return_tensors="pt", **cut).to(model.prompt_embeddings.device)
-    names = tokenizer.model_input_names
-    logits = model(**{key: value for key, value in batch.items() if key in names})
-    scores, labels = logits.float().softmax(-1).max(-1)
-    return [
-        (str(label) if model.id2label is None else model.id2label[label], score)
-        for label, score in zip(labels.tolist(), scores.tolist())
-    ]

@@ -1,10 +1,13 @@
-"""`python -m ptuning_fast train`: train a prompt for text classification, measure it, keep it."""
+"""`python -m ptuning_fast train`: train a prompt, keep it, measure it."""
 
+import hashlib
+import json
+import shutil
 import statistics
 import time
 from argparse import Namespace
-from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -15,17 +18,13 @@ from ..classify.classifier import FastPTuning
 from ..classify.precision import DTYPES
 from ..classify.reference import ReferencePTuning
 from ..files import adapter
-from ..models import describe
-from ..models.probe import is_causal
-from ..modes import mode_for
-from .docstrings import stdlib_docstrings
-from .encoder import DEMO, load_encoder
-from .tables import InputError, read_labelled
+from .tables import InputError
+from .tasks import DEMO, TASKS, Row
 
 __all__ = ["run"]
 
-Labelled = tuple[list[str], list[str]]  # texts and their labels
-Row = dict[str, Any]  # a tokenised text, as the collator takes it
+_NOT_OF_THE_TRAINING = {"command", "resume", "overwrite", "compare", "output", "report_to", "save_steps"}
+_NOT_OF_THE_TRAINING |= {"train_file", "eval_file"}  # their texts are compared
 
 
 def run(options: Namespace) -> None:
@@ -33,152 +32,143 @@ def run(options: Namespace) -> None:
 
     Of several processes each runs this, and the first alone prints and writes.
     """
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
-        raise InputError("training needs accelerate: pip install 'ptuning-fast[train]'") from None
-    from transformers import set_seed
-
-    from .fit import fit, processes
-
-    state = processes(options)
+    state = _processes(options)
+    checkpoints = Path(options.output, "checkpoints")  # as long as the training is not over
 
     def say(line: str) -> None:
         if state.is_main_process:
             print(line, flush=True)
 
-    try:
-        if state.is_main_process:
-            adapter.check_writable(options.output)
-    except OSError as error:
-        raise InputError(f"cannot write to the folder {options.output}: {error.strerror or error}") from None
-    parts = _data(options)
-    names = sorted(set(parts[0][1]))
-    _check_labels(*parts, names)
+    task = TASKS[options.task](options)
+    if state.is_main_process:
+        _check_output(options, checkpoints)
+    files = [options.train_file, *([options.eval_file] if options.eval_file else [])]
+    pairs = [task.read(file) for file in files]
+    task.check(*pairs)
 
-    set_seed(options.seed)
-    encoder, tokenizer = load_encoder(options.model or DEMO)
+    import transformers
+
+    from .fit import last_checkpoint, trainer_of  # heavy: not to say that a file is not there
+
+    transformers.set_seed(options.seed)
     try:
-        model = FastPTuning(
-            encoder,
-            options.prompt_length,
-            len(names),
-            pooling=options.pooling or _pooling(encoder),
-            init=options.init,
-            mode=_mode(encoder, options),
-            precision=None if options.precision == "fp32" else options.precision,
-            id2label=dict(enumerate(names)),
-        )
+        model, frozen, tokenizer = task.build()
+    except InputError:
+        raise
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None
     except (RuntimeError, MemoryError) as error:
         raise InputError(f"cannot set the prompt up: {(str(error).splitlines() or ['no memory'])[0]}") from None
-    if not options.model:
-        model.base_model = DEMO
-    max_length: int = min(options.max_length, model.max_length or options.max_length)
-    model.max_length = max_length
-
-    table_rows = len(encoder.get_input_embeddings().weight)
-    train, held_out = (_tokenize(part, tokenizer, max_length, names, table_rows) for part in parts)
+    rows = [task.rows(part, tokenizer) for part in pairs]
+    train, held_out = rows if len(rows) == 2 else _split(rows[0], options.seed)
+    if not (train and held_out):
+        raise InputError("there are too few texts to hold any out: give more, or an --eval-file")
+    _check_ids(train + held_out, len(frozen.get_input_embeddings().weight))
+    trainer = trainer_of(model, getattr(transformers, task.collator)(tokenizer), train, held_out, options)
+    if state.is_main_process:
+        _begin(options, checkpoints, pairs)
     cut = sum(row["cut"] for row in train + held_out)
-    say(
-        f"{len(train)} texts to train on, {len(held_out)} held out, {len(names)} labels; "
-        f"{cut} texts cut to {max_length} tokens"
-    )
+    say(f"{len(train)} texts to train on, {len(held_out)} held out{task.said()}; {cut} texts cut to {task.most} tokens")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{trainable:,} trained parameters before a frozen {type(encoder).__name__} ({model.base_model})")
+    say(f"{trainable:,} trained parameters before a frozen {type(frozen).__name__} ({options.model or DEMO})")
+    if len(held_out) < 100:
+        off = 1 / len(held_out) ** 0.5
+        say(
+            f"warning: {len(held_out)} held-out texts tell little: an accuracy is easily off by {off:.2f} (--eval-file)"
+        )
 
-    trainer = fit(model, tokenizer, train, held_out, options)
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
+    last = last_checkpoint(checkpoints) if options.resume else None
+    if options.resume:
+        say(f"going on from {last}" if last else "there is no checkpoint yet: starting from the beginning")
+    baseline = task.baseline(trainer, held_out)
+    trainer.train(resume_from_checkpoint=last)
+    state.wait_for_everyone()
+    diverged = not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     try:
         if state.is_main_process:
-            model.save_pretrained(options.output)
+            if not diverged:
+                model.save_pretrained(options.output)
+            shutil.rmtree(checkpoints)
     except OSError as error:
         raise InputError(f"cannot save the adapter in {options.output}: {error.strerror or error}") from None
-    accuracy = trainer.evaluate()["eval_accuracy"]
-    majority, count = Counter(row["labels"] for row in held_out).most_common(1)[0]
-    share = count / len(held_out)
-    say(f"held-out accuracy {accuracy:.3f}; majority-class baseline ({names[majority]!r}) {share:.3f}")
-    if state.num_processes == 1:
-        _compare_speed(model, trainer)
+    if diverged:
+        raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    say(f"{trainer.state.global_step} steps, loss {losses[0]:.4f} at first and {losses[-1]:.4f} in the end")
     say(f"adapter saved in {options.output}")
+    say(f"held-out {task.measured(trainer)}; {baseline}")
+    demo = not options.train_file and not options.model
+    if state.num_processes == 1 and (demo if options.compare is None else options.compare):
+        _compare_speed(model, trainer)
 
 
-def _pooling(encoder: Any) -> str:
-    return "last" if not encoder.config.is_encoder_decoder and is_causal(encoder) else "mean"
-
-
-def _mode(encoder: Any, options: Namespace) -> str:
-    if options.mode != "auto":
-        return options.mode
+def _processes(options: Namespace) -> Any:
+    """This process among those that were started together; InputError for a batch that they cannot share."""
     try:
-        mode_for("packed", encoder, describe(encoder))
-    except TypeError:
-        return "prepend"
-    return "packed" if options.prompt_length else "prepend"
+        from accelerate import PartialState
+    except ImportError:
+        raise InputError("training needs accelerate: pip install 'ptuning-fast[train]'") from None
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if options.batch_size % state.num_processes:
+        raise InputError(
+            f"a batch of {options.batch_size} texts cannot be split over {state.num_processes} processes: take a "
+            f"--batch-size that is a multiple of {state.num_processes}"
+        )
+    return state
 
 
-def _data(options: Namespace) -> tuple[Labelled, Labelled]:
-    """((texts, labels), (texts, labels)): to train on, and held out."""
-    columns = options.text_column, options.label_column
-    if options.text_column == options.label_column:
-        raise InputError(f"the texts and the labels cannot both be in the column {options.text_column!r}")
-    if options.train_file:
-        texts, labels = read_labelled(options.train_file, *columns)
-    else:
-        texts, labels = stdlib_docstrings()
-    if options.eval_file:
-        return (texts, labels), read_labelled(options.eval_file, *columns)
-    # A fifth of each label's texts, one at least where there are two.
-    places: dict[str, list[int]] = {}
-    for place, label in enumerate(labels):
-        places.setdefault(label, []).append(place)
-    random = Random(options.seed)
+def _check_output(options: Namespace, checkpoints: Path) -> None:
+    """InputError where this training would write over something, or could not write."""
+    try:
+        adapter.check_writable(options.output)
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {options.output}: {error.strerror or error}") from None
+    began = (checkpoints / "options.json").is_file()
+    if Path(options.output, adapter.WEIGHTS).exists() and not options.overwrite:
+        raise InputError(f"there is an adapter in {options.output}: --overwrite replaces it, or take another --output")
+    if options.resume and not began:
+        raise InputError(f"there is no training in {options.output} that --resume could go on with: leave it out")
+    if began and not (options.resume or options.overwrite):
+        raise InputError(
+            f"a training in {options.output} was cut off: --resume goes on with it, --overwrite starts again"
+        )
+
+
+def _begin(options: Namespace, checkpoints: Path, pairs: Any) -> None:
+    """Keep what the training depends on; InputError where the one to go on with depends on something else."""
+    now = {key: value for key, value in vars(options).items() if key not in _NOT_OF_THE_TRAINING}
+    now["texts"] = hashlib.sha256(repr(pairs).encode()).hexdigest()
+    if options.resume:
+        before = json.loads((checkpoints / "options.json").read_text(encoding="utf-8"))
+        for key in [key for key in now if now[key] != before.get(key)]:
+            other = "the texts are others" if key == "texts" else f"--{key.replace('_', '-')} was {before.get(key)}"
+            raise InputError(f"{other} in the training in {options.output}: --overwrite starts again")
+        return
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    checkpoints.mkdir(exist_ok=True)
+    adapter.replace(checkpoints / "options.json", json.dumps(now, indent=2).encode())
+
+
+def _split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """A fifth of each label's rows is held out, one at least where there are two; of a language model's, of all."""
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row["labels"] if isinstance(row["labels"], int) else 0, []).append(place)
+    random = Random(seed)
     held_out: set[int] = set()
     for label in sorted(places):
         random.shuffle(places[label])
         held_out.update(places[label][: max(len(places[label]) // 5, len(places[label]) > 1)])
-
-    def part(held: bool) -> Labelled:
-        chosen = [place for place in range(len(texts)) if (place in held_out) == held]
-        return [texts[place] for place in chosen], [labels[place] for place in chosen]
-
-    return part(False), part(True)
+    return [row for place, row in enumerate(rows) if place not in held_out], [rows[place] for place in sorted(held_out)]
 
 
-def _check_labels(train: Labelled, held_out: Labelled, names: list[str]) -> None:
-    if len(names) < 2:
-        raise InputError(f"there is one label only, {names[0]!r}: a classifier needs two or more")
-    if not held_out[0]:
-        raise InputError("there are too few texts to hold any out: give more, or an --eval-file")
-    unknown = sorted(set(held_out[1]) - set(names))
-    if unknown:
-        raise InputError(f"the label {unknown[0]!r} is held out and is not among those trained on ({', '.join(names)})")
-
-
-def _tokenize(part: Labelled, tokenizer: Any, max_length: int, names: list[str], table_rows: int) -> list[Row]:
-    """Rows for the collator; `cut` says that a text was longer than the model takes."""
-    texts, labels = part
-    special = tokenizer.num_special_tokens_to_add()
-    if max_length <= special:
-        raise InputError(
-            f"{max_length} tokens a text leave no room beside the {special} that the tokenizer adds: take a larger "
-            "--max-length or a smaller --prompt-length"
-        )
-    full = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-    rows = tokenizer(texts, truncation=True, max_length=max_length)
-    largest = max((max(ids, default=0) for ids in rows["input_ids"]), default=0)
+def _check_ids(rows: list[Row], table_rows: int) -> None:
+    largest = max(max(row["input_ids"], default=0) for row in rows)
     if largest >= table_rows:
         raise InputError(
             f"the tokenizer gives the id {largest}, and the model's table has {table_rows} rows: they do not belong "
             "together"
         )
-    number = {name: place for place, name in enumerate(names)}
-    return [
-        {key: rows[key][i] for key in rows} | {"labels": number[labels[i]], "cut": len(full[i]) > max_length}
-        for i in range(len(texts))
-    ]
 
 
 def _compare_speed(model: FastPTuning, trainer: Any, steps: int = 5) -> None:

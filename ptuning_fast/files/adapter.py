@@ -23,11 +23,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_writable", "load", "read", "replace", "save", "saving"]
+__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_writable", "is_another", "kind_of", "load", "read", "replace"]
+__all__ += ["save", "saving"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
+_LOADED_BY = {
+    "FastPTuning": "FastPTuning.from_pretrained",
+    "PROMPT_TUNING": "SoftPrompt.from_pretrained",
+    "P_TUNING": "SoftPrompt.from_pretrained",
+}
 _RANDOM = "[a-z0-9_]" * 8  # what tempfile.mkstemp puts behind a name
 _CHECKSUMS = ("ptuning_fast.sha256", "ptuning_fast.sha256.copy")
 _IN_HEADER = re.compile(rb'"(ptuning_fast\.sha256(?:\.copy)?)":"([^"]*)"')
@@ -74,6 +80,26 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {folder}: there is no {WEIGHTS}")
     return read(path)
+
+
+def kind_of(folder: str | Path, settings: dict) -> tuple[str, dict]:
+    """What the adapter in `folder` is, by the settings in its file or, where it is PEFT's own, beside it; and these.
+
+    "FastPTuning" or PEFT's name of the kind ("PROMPT_TUNING", "LORA", ...); "" where nothing says it.
+    """
+    if not settings:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    config = settings.get("config", settings) if isinstance(settings, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    return str(config.get("peft_type") or ("FastPTuning" if "num_labels" in config else "")), config
+
+
+def is_another(folder: str | Path, kind: str) -> str:
+    """The beginning of a message about an adapter that was given in the place of another."""
+    if not kind:
+        return f"{folder} holds no adapter of a known kind"
+    return f"{folder} holds a {kind} adapter, which {_LOADED_BY.get(kind, 'peft.PeftModel.from_pretrained')} loads"
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:

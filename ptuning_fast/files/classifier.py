@@ -22,6 +22,9 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
         ValueError: an adapter of something else, or a damaged one.
     """
     tensors, settings = adapter.load(folder)
+    kind, _ = adapter.kind_of(folder, settings)
+    if kind != "FastPTuning":
+        raise ValueError(f"{adapter.is_another(folder, kind)}, and no FastPTuning adapter")
     lacking = [key for key in _NEEDED if key not in settings]
     if lacking:
         raise ValueError(f"{folder} holds no FastPTuning adapter: its settings lack {', '.join(map(repr, lacking))}")

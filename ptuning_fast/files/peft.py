@@ -144,8 +144,8 @@ def load(folder: str | Path) -> Saved:
         raise ValueError(f"the adapter in {folder} is damaged: its settings are a {type(config).__name__}")
     parameters = {name.removeprefix(OURS): tensors.pop(name) for name in list(tensors) if name.startswith(OURS)}
     if config.get("peft_type") not in PEFT_TYPES or not (parameters or "prompt_embeddings" in tensors):
-        kind = config.get("peft_type", "of another kind")
-        raise ValueError(f"the adapter in {folder} is {kind}; a SoftPrompt is {' or '.join(PEFT_TYPES)}")
+        said = adapter.is_another(folder, adapter.kind_of(folder, config)[0])
+        raise ValueError(f"{said}; a SoftPrompt is {' or '.join(PEFT_TYPES)}, with a prompt in it")
     rows = tensors.pop("prompt_embeddings", None)
     if rows is not None:
         # PEFT keeps a second prompt for the decoder of an encoder-decoder, which its forward does not use.

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..op import Batch, Embedded, Layout, Prompt, embed, embed_plainly
+from ..op.checks import check, raise_for_ids
 
 __all__ = ["prepend", "unreadable"]
+
+
+_TRAINABLE = "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
 
 
 def prepend(embedding: nn.Module, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
@@ -36,7 +40,15 @@ def prepend(embedding: nn.Module, batch: Batch, prompt: Prompt, layout: Layout) 
         f"the input embedding ({type(embedding).__name__}) is called, not read by the fused kernel: {obstacle}",
         stacklevel=2,
     )
-    rows = embedding(batch.input_ids)
+    plain: Any = embedding.weight.detach() if type(embedding) is nn.Embedding and obstacle == _TRAINABLE else None
+    if plain is not None:
+        check(batch, plain, prompt, layout)
+    try:
+        rows = embedding(batch.input_ids)
+    except IndexError:
+        if plain is not None:
+            raise_for_ids(batch, plain, prompt, packed=False)
+        raise
     places = torch.arange(batch.input_ids.numel(), device=rows.device).view(batch.input_ids.shape)
     return embed_plainly(Batch(places, *batch[1:]), rows.flatten(0, 1), prompt, layout)
 
@@ -77,7 +89,7 @@ def unreadable(embedding: Any) -> str | None:
     if weight.device.type == "meta" or hasattr(weight, "ds_id"):
         return "its weight is not on this device as a whole"
     if weight.requires_grad and torch.is_grad_enabled():
-        return "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
+        return _TRAINABLE
     return None
 
 

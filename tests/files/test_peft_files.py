@@ -250,8 +250,17 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         SoftPrompt.from_pretrained(model, tmp_path)
     peft.get_peft_model(zoo.build("Llama"), peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="is LORA; a SoftPrompt is PROMPT_TUNING or P_TUNING"):
+    theirs = "lora holds a LORA adapter, which peft.PeftModel.from_pretrained loads"
+    with pytest.raises(ValueError, match=f"{theirs}; a SoftPrompt is PROMPT_TUNING or P_TUNING"):
         SoftPrompt.from_pretrained(model, tmp_path / "lora")
+    with pytest.raises(ValueError, match=f"{theirs}, and no FastPTuning adapter"):
+        FastPTuning.from_pretrained(tmp_path / "lora")
+    SoftPrompt(model, 2).save_pretrained(tmp_path / "soft")
+    with pytest.raises(ValueError, match=r"soft holds a PROMPT_TUNING adapter, which SoftPrompt.from_pretrained"):
+        FastPTuning.from_pretrained(tmp_path / "soft")
+    FastPTuning(zoo.build("BERT"), 2).save_pretrained(tmp_path / "fast")
+    with pytest.raises(ValueError, match=r"fast holds a FastPTuning adapter, which FastPTuning.from_pretrained"):
+        SoftPrompt.from_pretrained(model, tmp_path / "fast")
 
 
 def test_another_model(tmp_path):

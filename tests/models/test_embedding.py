@@ -57,6 +57,23 @@ def test_trainable_table():
     assert model.get_input_embeddings().weight.grad is not None  # of the tokens: it is being trained, too
 
 
+def test_trainable_tables_have_the_same_checks():
+    """What cannot be used is said as of a frozen table, and the warning says that this one is none."""
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    for ids in (torch.tensor([[1, 10**6]]), torch.tensor([[1.0, 2.0]]), torch.tensor([1, 2])):
+        said = []
+        for trainable in (False, True):
+            model.requires_grad_(trainable)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with pytest.raises((IndexError, TypeError, ValueError)) as error:
+                    prompt(ids)
+            said.append((error.type, str(error.value)))
+            assert any("requires grad (freeze it" in str(one.message) for one in caught) == trainable
+        assert said[0] == said[1]
+
+
 def test_lora():
     peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
     model = zoo.build("Llama")

@@ -1,0 +1,103 @@
+"""A training that was killed goes on where it was, and nothing is written over unasked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ptuning_fast.cli.main import main
+from ptuning_fast.files import adapter
+from ptuning_fast.op import functional
+
+
+@pytest.fixture(autouse=True)
+def torch_backend(monkeypatch):
+    monkeypatch.setattr(functional, "kernels", None)
+
+
+@pytest.fixture
+def command(rows_file, encoder_with_dropout):
+    """60 steps, with dropout, a checkpoint after each 7."""
+    options = ["--train-file", rows_file, "--model", encoder_with_dropout, "--epochs", "5", "--batch-size", "4"]
+    return ["train", *options, "--prompt-length", "4", "--save-steps", "7"]
+
+
+def killed(command, folder):
+    """The command in a process of its own, killed when it has its second checkpoint or a later one."""
+    program = [sys.executable, "-m", "ptuning_fast", *command, "--output", str(folder)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if any(int(one.name.split("-")[1]) >= 14 for one in folder.glob("checkpoints/checkpoint-*")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, out + err[-4000:]
+
+
+def test_killed_and_resumed_is_undisturbed(command, tmp_path, capsys):
+    """The same prompt and head, bit by bit; other options or texts are refused."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    killed(command, tmp_path / "killed")
+    assert not (tmp_path / "killed" / adapter.WEIGHTS).exists()
+    kept = tmp_path / "killed/checkpoints"
+    size = sum(file.stat().st_size for file in kept.glob("checkpoint-*/model.safetensors"))
+    assert 0 < size < 10_000, "of what is trained alone"
+
+    resume = [*command, "--output", str(tmp_path / "killed"), "--resume"]
+    for change, message in (
+        ([], "a training in"),
+        (["--resume", "--learning-rate", "0.1"], "--learning-rate was 0.005"),
+        (["--resume", "--text-column", "label", "--label-column", "text"], ""),
+    ):
+        assert main([*command, "--output", str(tmp_path / "killed"), *change]) == 2
+        assert message in capsys.readouterr().err
+
+    (kept / "checkpoint-999").mkdir()  # one that was cut off when it was written
+    (kept / "checkpoint-999/trainer_state.json").write_text("{")
+    assert main(resume) == 0
+    printed = capsys.readouterr().out
+    assert "going on from" in printed and "checkpoint-999" not in printed
+    assert not kept.exists()
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+    assert "60 steps" in printed and "60 steps" in capsys.readouterr().out
+    torch.set_num_threads(threads)
+    (tensors, settings), (expected, expected_settings) = (adapter.load(tmp_path / one) for one in ("killed", "whole"))
+    assert settings == expected_settings
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_killed_before_the_first_checkpoint(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a/checkpoints").mkdir(parents=True)
+    assert main([*command, "--epochs", "0.2", "--output", str(tmp_path / "a"), "--resume"]) == 2
+    assert "no training in" in capsys.readouterr().err
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer.train", interrupted)
+        assert main([*command, "--epochs", "0.2", "--output", str(tmp_path / "a")]) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a/checkpoints/options.json").read_text())["epochs"] == 0.2
+    assert main([*command, "--epochs", "0.2", "--output", str(tmp_path / "a"), "--resume"]) == 0
+    assert "there is no checkpoint yet" in capsys.readouterr().out
+
+
+def test_an_adapter_is_not_written_over(command, tmp_path, capsys):
+    options = [*command, "--epochs", "0.1", "--output", str(tmp_path)]
+    (tmp_path / adapter.WEIGHTS).write_text("the old one")
+    assert main(options) == 2
+    assert f"there is an adapter in {tmp_path}: --overwrite replaces it" in capsys.readouterr().err
+    assert (tmp_path / adapter.WEIGHTS).read_text() == "the old one"
+    assert main([*options, "--overwrite"]) == 0
+    adapter.load(tmp_path)
