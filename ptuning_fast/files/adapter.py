@@ -23,8 +23,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_writable", "is_another", "kind_of", "load", "read", "replace"]
-__all__ += ["save", "saving"]
+__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_writable", "is_another", "kind_of", "load", "read"]
+__all__ += ["replace", "save", "saving"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
