@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import card, hub, peft
+from ..files.base_model import check_base, load_head
 from ..models import describe, unwrapped
 from ..models.info import ModelInfo
 from ..modes import Mode, mode_for
@@ -413,23 +414,9 @@ class SoftPrompt(nn.Module):
             ValueError: an adapter of another kind, or for another model.
         """
         folder = hub.local(folder)
-        tensors, head, config, settings = peft.load(folder)
-        d = model.get_input_embeddings().weight.shape[1]
-        width = tensors["prompt_embeddings"].shape[-1]
-        if width != d:
-            raise ValueError(
-                f"the prompt in {folder} is {width} wide and the embeddings of {type(model).__name__} are {d}: "
-                f"it was trained on another model ({config.get('base_model_name_or_path')})"
-            )
-        ours, theirs = getattr(model.config, "_name_or_path", ""), config.get("base_model_name_or_path")
-        if ours and theirs and not any_base and not _same_base(str(ours), str(theirs)):
-            raise ValueError(
-                f"the prompt in {folder} was trained on {theirs}, and this is {ours}: "
-                "load that model, or say any_base=True"
-            )
-        kind = config.get("model_type", model.config.model_type)
-        if kind != model.config.model_type:
-            raise ValueError(f"the prompt in {folder} was trained on a {kind}, and this is a {model.config.model_type}")
+        saved = peft.load(folder)
+        check_base(model, saved, folder, any_base)
+        tensors, head, _, settings = saved
         options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
         kind = (settings.get("encoder") or {}).get("kind")
         start = torch.zeros(tensors["prompt_embeddings"].shape[-2:])
@@ -443,7 +430,7 @@ class SoftPrompt(nn.Module):
             prompt.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
-        _load_head(model, head, folder)
+        load_head(model, head, folder)
         return prompt
 
     def extra_repr(self) -> str:
@@ -471,25 +458,3 @@ def _without_first(batch: Batch) -> Tensor:
     assert batch.labels is not None
     there = torch.ones_like(batch.labels) if batch.attention_mask is None else (batch.attention_mask != 0).long()
     return batch.labels.masked_fill((there.cumsum(1) == 1) & (there == 1), -100)
-
-
-def _same_base(ours: str, theirs: str) -> bool:
-    """Whether two names may be of one model: hub ids as they are; a folder, which may have moved, by its own name."""
-    hub_ids = all(name.count("/") == 1 and not Path(name).exists() for name in (ours, theirs))
-    return ours == theirs if hub_ids else Path(ours).name == Path(theirs).name
-
-
-def _load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> None:
-    """Copy the saved parameters of a task head into the model, all or none."""
-    model = unwrapped(model)
-    own = model.state_dict()
-    for name, tensor in head.items():
-        if name not in own or own[name].shape != tensor.shape:
-            found = f"has {list(own[name].shape)}" if name in own else "has none"
-            raise ValueError(
-                f"the adapter in {folder} holds {name} {list(tensor.shape)}, and {type(model).__name__} {found}: "
-                "load the model with the class and the num_labels that it was trained with"
-            )
-    with torch.no_grad():
-        for name, tensor in head.items():
-            own[name].copy_(tensor)

@@ -1,0 +1,52 @@
+"""The model that an adapter was trained on, and the one that it is loaded for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.info import unwrapped
+from .peft import Saved
+
+__all__ = ["check_base", "load_head"]
+
+
+def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = False) -> None:
+    """ValueError where `model` is not what the prompt was trained on: another width, type, or (not `any_base`) name."""
+    config, kind = saved.config, model.config.model_type
+    d, width = model.get_input_embeddings().weight.shape[1], saved.parameters["prompt_embeddings"].shape[-1]
+    ours, theirs = getattr(model.config, "_name_or_path", ""), config.get("base_model_name_or_path")
+    if width != d:
+        raise ValueError(
+            f"the prompt in {folder} is {width} wide and the embeddings of {type(model).__name__} are {d}: "
+            f"it was trained on another model ({theirs})"
+        )
+    if ours and theirs and not any_base and not _same_name(str(ours), str(theirs)):
+        raise ValueError(
+            f"the prompt in {folder} was trained on {theirs}, and this is {ours}: load that model, or say any_base=True"
+        )
+    if config.get("model_type", kind) != kind:
+        raise ValueError(f"the prompt in {folder} was trained on a {config['model_type']}, and this is a {kind}")
+
+
+def _same_name(ours: str, theirs: str) -> bool:
+    """Whether two names may be of one model: hub ids as they are; a folder, which may have moved, by its own name."""
+    hub_ids = all(name.count("/") == 1 and not Path(name).exists() for name in (ours, theirs))
+    return ours == theirs if hub_ids else Path(ours).name == Path(theirs).name
+
+
+def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> None:
+    """Copy the saved parameters of a task head into the model, all or none; ValueError where they do not fit."""
+    model = unwrapped(model)
+    own = model.state_dict()
+    for name, tensor in head.items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = f"has {list(own[name].shape)}" if name in own else "has none"
+            raise ValueError(
+                f"the adapter in {folder} holds {name} {list(tensor.shape)}, and {type(model).__name__} {found}: "
+                "load the model with the class and the num_labels that it was trained with"
+            )
+    with torch.no_grad():
+        for name, tensor in head.items():
+            own[name].copy_(tensor)
