@@ -181,7 +181,7 @@ def table(rng, suffix):
 
 def read_table(rng, folder):
     """A file for the command line, whole or damaged, under a name that fits it or another."""
-    suffixes = [*tables.TABLES, ".txt", ".tsv"]
+    suffixes = [*tables.TABLES, ".txt"]
     suffix = rng.choice(suffixes)
     content = table(rng, suffix)
     if rng.random() < 0.6:
