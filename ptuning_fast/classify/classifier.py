@@ -16,7 +16,7 @@ from ..models.probe import is_causal, quietly
 from ..modes import Mode, mode_for
 from ..op import Batch, Embedded, Layout, Prompt
 from ..prompt.initial import initial_prompt
-from .last_layer import pooled_rows_only, prunable
+from .last_layer import of_pooled_rows, prunable
 from .packaged import located
 from .pooling import POOLINGS, mean_of_tokens, pooled_columns
 from .precision import DTYPES, store_linears
@@ -193,7 +193,12 @@ class FastPTuning(nn.Module):
         except IndexError:
             self._embed(given)  # the same error, with the caller's row
             raise
-        pooled = self._pool(self._encode(embedded, batch), embedded, batch)
+        if self.prune:
+            from .untraced import untraced  # a copy for one call is nothing to trace through
+
+            pooled = untraced(self._pooled, embedded, batch)
+        else:
+            pooled = self._pooled(embedded, batch)
         if order is not None:
             pooled = pooled[order.argsort()]
         logits = self.classifier(pooled.to(self.classifier.weight.dtype))
@@ -207,35 +212,23 @@ class FastPTuning(nn.Module):
         layout = Layout(additive_mask=self._compute_dtype(batch.input_ids.device) if self.additive_mask else None)
         return self._served.embed(self.bert, batch, Prompt(self.prompt_embeddings), layout)
 
-    def _encode(self, embedded: Embedded, batch: Batch) -> Tensor:
-        """The last hidden state: all rows, [B, S, d] or packed [1, T, d], or with `prune` the pooled ones."""
+    def _pooled(self, embedded: Embedded, batch: Batch) -> Tensor:
+        """[B, d], of each text the row of the last hidden state that is classified, or the mean."""
         inputs = self._served.inputs(self.bert, embedded, Prompt(self.prompt_embeddings))
+        model, columns, B = self.bert, None, len(batch.input_ids)
+        if self.pooling != "mean":
+            columns = pooled_columns(self.pooling, self.prompt_length, embedded, batch.attention_mask)
         if self.prune:
-            from .untraced import untraced  # hooks for one call are nothing to trace through
-
-            return untraced(self._encode_pruned, inputs, embedded, batch)
+            device = batch.input_ids.device
+            columns = torch.full((B,), columns, device=device) if isinstance(columns, int) else columns
+            assert columns is not None
+            model = of_pooled_rows(self.bert, columns) or self.bert
         with self._precision(batch.input_ids.device):
-            return self.bert(**inputs).last_hidden_state
-
-    def _encode_pruned(self, inputs: dict[str, Any], embedded: Embedded, batch: Batch) -> Tensor:
-        if self.bert.training and any(getattr(one, "gradient_checkpointing", False) for one in self.bert.modules()):
-            raise ValueError(
-                "gradient checkpointing computes the last layer again when prune is no longer in force: "
-                "take prune=False"
-            )
-        columns = pooled_columns(self.pooling, self.prompt_length, embedded, batch.attention_mask)
-        if isinstance(columns, int):
-            columns = torch.full((len(batch.input_ids),), columns, device=batch.input_ids.device)
-        with pooled_rows_only(self.bert, columns), self._precision(batch.input_ids.device):
-            return self.bert(**inputs).last_hidden_state
-
-    def _pool(self, hidden: Tensor, embedded: Embedded, batch: Batch) -> Tensor:
-        """[B, d]"""
-        if self.prune:
-            return hidden.reshape(len(batch.input_ids), -1)
-        if self.pooling == "mean":
+            hidden = model(**inputs).last_hidden_state
+        if model is not self.bert:
+            return hidden.reshape(B, -1)
+        if columns is None:
             return mean_of_tokens(hidden, self.prompt_length, batch.attention_mask, embedded.cu_seq_lens)
-        columns = pooled_columns(self.pooling, self.prompt_length, embedded, batch.attention_mask)
         if embedded.cu_seq_lens is not None:
             return hidden[0, columns]
         if isinstance(columns, int):

@@ -5,12 +5,9 @@ a number that softmax does not see, and a weighted sum of values is W_v (weighte
 text is asked for, W_k and W_v are applied to it, and not to every row y.
 """
 
-import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +16,13 @@ from torch import Tensor, nn
 from ..attention.by_length import groups_of
 from ..models.families import Family, family_of
 from ..models.probe import quietly
+from ..models.replaced import Called, on_the_way, with_module
 
-__all__ = ["pooled_rows_only", "prunable"]
+__all__ = ["of_pooled_rows", "prunable"]
 
 
 def prunable(model: Any) -> bool:
-    """Whether `pooled_rows_only` is right for `model`: an architecture that is known, and probed with three tokens."""
+    """Whether `of_pooled_rows` is right for `model`: an architecture that is known, and probed with three tokens."""
     family = family_of(model)
     if family is None or family.part is None or model.base_model is not model:
         return False
@@ -32,30 +30,27 @@ def prunable(model: Any) -> bool:
         table = model.get_input_embeddings()
         ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=table.weight.device)
         full = model(input_ids=ids).last_hidden_state[:, 1:2]
-        with pooled_rows_only(model, torch.tensor([1, 1], device=ids.device)):
-            pruned = model(input_ids=ids).last_hidden_state
-    return pruned.shape == full.shape and torch.allclose(pruned, full, rtol=1e-3, atol=1e-3)
+        pruned = of_pooled_rows(model, torch.tensor([1, 1], device=ids.device))
+        rows = full if pruned is None else pruned(input_ids=ids).last_hidden_state
+    return pruned is not None and rows.shape == full.shape and torch.allclose(rows, full, rtol=1e-3, atol=1e-3)
 
 
-# Of the models that are changed, each for one forward of one thread.
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+def of_pooled_rows(model: Any, columns: Tensor) -> Any:
+    """A copy of `model`, sharing all it has, whose `last_hidden_state` has the pooled rows alone.
 
-
-@contextlib.contextmanager
-def pooled_rows_only(model: nn.Module, columns: Tensor) -> Iterator[None]:
-    """Inside, `last_hidden_state` has the pooled rows alone.
+    None where somebody has replaced a forward on the way there, which would go past the copy.
 
     Args:
         columns: [B], the column of each batch row: [B, 1, d] comes out. Of a packed batch [1, T], the rows that are
             pooled: [1, len(columns), d].
     """
-
+    family = family_of(model)
+    assert family is not None and family.part is not None
+    path = family.part.split(".")
+    *way, part = on_the_way(model, path)
+    if any("forward" in vars(module) for module in way):
+        return None
     columns = columns.long()
-    lock, owner = _locks.setdefault(model, threading.RLock()), threading.get_ident()
-
-    def elsewhere() -> bool:
-        return threading.get_ident() != owner
-
     # The last hidden state that was selected from, and its rows: attention and residual share it.
     chosen: list[Any] = [None, None]
 
@@ -65,31 +60,26 @@ def pooled_rows_only(model: nn.Module, columns: Tensor) -> Iterator[None]:
             chosen[:] = rows, rows.take_along_dim(columns[:, None, None], 1) if one_a_row else rows[:, columns]
         return chosen[1]
 
-    with lock, contextlib.ExitStack() as changes:
-        family = family_of(model)
-        assert family is not None and family.part is not None
-        attention = _self_attention(model, family)
-        if attention is None:
+    attention = _self_attention(model, family)
 
-            def part(module: nn.Module, arguments: tuple) -> tuple:
-                return arguments if elsewhere() else tuple(select(rows) for rows in arguments)
+    def part_of_rows(*arguments: Tensor) -> Tensor:
+        of_attention, *rest = arguments
+        out = part(of_attention if attention is not None else select(of_attention), *map(select, rest))
+        chosen[:] = None, None  # a recomputation selects again
+        return out
 
-        else:
-            pooled = functools.partial(_pooled_attention, attention, select)
-            changes.enter_context(replaced_forward(attention, pooled))
-
-            def part(module: nn.Module, arguments: tuple) -> tuple:
-                return arguments if elsewhere() else (arguments[0], select(arguments[1]))
-
-        changes.callback(family.part(model).register_forward_pre_hook(part).remove)
-        yield
+    if attention is not None:
+        assert family.attention is not None
+        pooled = Called(functools.partial(_pooled_attention, attention, select))
+        model = with_module(model, family.attention.split("."), pooled)
+    return with_module(model, path, Called(part_of_rows))
 
 
 def _self_attention(model: Any, family: Family) -> nn.Module | None:
     """The last layer's, where it can be computed for the pooled rows alone; else None."""
     if model.device.type != "cpu" or family.attention is None:
         return None
-    attention = family.attention(model)
+    attention = on_the_way(model, family.attention.split("."))[-1]
     return attention if _is_understood(attention) and is_untouched(attention) else None
 
 
@@ -157,14 +147,3 @@ def _attend(attention: Any, rows: Tensor, texts: list[Tensor], masks: list[Tenso
 def is_untouched(module: nn.Module) -> bool:
     """Whether nobody has hooked into `module` or replaced its forward."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-@contextlib.contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Inside, `forward` is the module's in this thread; other threads see its own."""
-    own, owner = module.forward, threading.get_ident()
-    module.forward = lambda *args, **kwargs: (forward if threading.get_ident() == owner else own)(*args, **kwargs)
-    try:
-        yield
-    finally:
-        del module.forward

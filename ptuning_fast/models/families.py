@@ -4,10 +4,7 @@ An architecture with a row is served without being probed, as the tests show it 
 tests/zoo.py); any other is probed at its first use (probe.py), and gets no savings that need to know its insides.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
-
-from torch import nn
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -15,8 +12,9 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 class Family(NamedTuple):
     """What a row says.
 
-    - `part`: where in the last layer the rows part: behind the attention, which needs them all, and before anything is
-      added up. Post-norm encoders alone: elsewhere the residual would keep all its rows, or be broadcast.
+    - `part`, a path as models/replaced.py has them: where in the last layer the rows part: behind the attention, which
+      needs them all, and before anything is added up. Post-norm encoders alone: elsewhere the residual would keep all
+      its rows, or be broadcast.
     - `attention`: the last layer's self-attention, where it is a BERT's: projections named query, key and value.
     - `full_attention`: in every layer, under transformers' own mask: the same columns are seen by every row of a text.
     - `absolute`: positions are added to the embeddings and nothing else counts distances, so the prompt need not stand
@@ -24,16 +22,16 @@ class Family(NamedTuple):
     - `positions_from_mask`: it takes no position_ids, and does not need them, as its biases count the mask (ALiBi).
     """
 
-    part: Callable[[Any], nn.Module] | None = None
-    attention: Callable[[Any], nn.Module] | None = None
+    part: str | None = None
+    attention: str | None = None
     full_attention: bool = False
     absolute: bool = False
     positions_from_mask: bool = False
 
 
 _BERT = Family(
-    part=lambda model: model.encoder.layer[-1].attention.output,
-    attention=lambda model: model.encoder.layer[-1].attention.self,
+    part="encoder.layer.-1.attention.output",
+    attention="encoder.layer.-1.attention.self",
     full_attention=True,
     absolute=True,
 )
@@ -45,8 +43,8 @@ FAMILIES = {
     "bert": _BERT,
     "bloom": Family(positions_from_mask=True),
     "camembert": _BERT,
-    "deberta-v2": Family(part=lambda model: model.encoder.layer[-1].attention.output),
-    "distilbert": Family(part=lambda model: model.transformer.layer[-1].sa_layer_norm, full_attention=True),
+    "deberta-v2": Family(part="encoder.layer.-1.attention.output"),
+    "distilbert": Family(part="transformer.layer.-1.sa_layer_norm", full_attention=True),
     "electra": _BERT._replace(absolute=False),
     "gemma": _PLAIN,
     "gemma2": _PLAIN,

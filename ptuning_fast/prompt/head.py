@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import ordinary_tokens, quietly
+from ..models.replaced import Called, on_the_way, with_module
 
 __all__ = ["has_chunks", "in_chunks", "is_large"]
 
@@ -43,19 +44,25 @@ def in_chunks(model: Any, inputs: dict[str, Any], most: int | None = None) -> Te
     base, outputs = unwrapped(model).get_decoder(), []
     path = next(name for name, module in model.named_modules() if module is base).split(".")
 
+    if any(
+        "forward" in vars(one) or any(vars(one).get(name) for name in _AROUND) for one in on_the_way(model, path)[:-1]
+    ):
+        return None
+
     def without_rows(*args: Any, **kwargs: Any) -> Any:
         outputs.append(base(*args, **kwargs))
         return type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state[:, :0])
 
-    body = _with_base(model, path, _Base(without_rows))
-    if body is None or getattr(model.config, "output_router_logits", False):
+    body = with_module(model, path, Called(without_rows))
+    if getattr(model.config, "output_router_logits", False):
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in body.parameters()):
         return None
     body(**inputs)
     out = outputs.pop()
     kind, hidden = type(out), out.last_hidden_state.flatten(0, 1)
-    head = _with_base(model, path, _Base(lambda *_, inputs_embeds, **__: kind(last_hidden_state=inputs_embeds)))
+    rows_as_they_are = Called(lambda *_, inputs_embeds, **__: kind(last_hidden_state=inputs_embeds))
+    head = with_module(model, path, rows_as_they_are)
 
     def summed(rows: Tensor, targets: Tensor) -> Tensor:
         labels = targets[None]
@@ -110,30 +117,6 @@ class _Chunked(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient that is differentiated itself: all rows at once
             return torch.autograd.grad(ctx.summed(rows, targets), rows, grad, create_graph=True)[0], None, None, None
         return (torch.cat(gradients) * grad[None]).to(rows.dtype), None, None, None
-
-
-class _Base(nn.Module):
-    """In a base model's place: any function."""
-
-    def __init__(self, run: Callable[..., Any]):
-        super().__init__()
-        self.run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
-
-
-def _with_base(module: Any, path: list[str], base: nn.Module) -> Any:
-    """A copy of `module` that shares all it has but the module at `path`; None where calling it does more than that."""
-    if not path:
-        return base
-    held = vars(module)
-    if "forward" in held or any(held.get(name) for name in _AROUND):
-        return None
-    inner = _with_base(held["_modules"][path[0]], path[1:], base)
-    copied = object.__new__(type(module))
-    copied.__dict__.update(held, _modules=held["_modules"] | {path[0]: inner})
-    return None if inner is None else copied
 
 
 _AROUND = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
