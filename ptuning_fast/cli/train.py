@@ -72,10 +72,7 @@ def run(options: Namespace) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{trainable:,} trained parameters before a frozen {type(frozen).__name__} ({options.model or DEMO})")
     if len(held_out) < 100:
-        off = 1 / len(held_out) ** 0.5
-        say(
-            f"warning: {len(held_out)} held-out texts tell little: an accuracy is easily off by {off:.2f} (--eval-file)"
-        )
+        say(f"warning: {len(held_out)} held-out texts tell little: what is measured is rough (--eval-file gives more)")
 
     last = last_checkpoint(checkpoints) if options.resume else None
     if options.resume:
