@@ -262,7 +262,7 @@ class FastPTuning(nn.Module):
         """
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if name in classifier_files.TENSORS}
+        tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
         adapter.save(folder, tensors, settings)
 
     @classmethod

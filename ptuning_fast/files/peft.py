@@ -20,7 +20,7 @@ from torch import Tensor
 from ..models.info import is_a, unwrapped
 from . import adapter
 
-__all__ = ["Saved", "head_of", "load", "peft_config", "save"]
+__all__ = ["Saved", "head_of", "load", "peft_config", "save", "task_of"]
 
 OURS = "ptuning_fast."
 FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
@@ -38,10 +38,7 @@ HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 def peft_config(model: Any, base_model: str, length: int, d: int) -> dict[str, Any]:
     """The settings of a PROMPT_TUNING adapter for `model`, with the keys that PEFT writes."""
-    model = unwrapped(model)
-    task = next((task for end, task in TASKS.items() if is_a(model, end)), "FEATURE_EXTRACTION")
-    if model.config.is_encoder_decoder and task == "FEATURE_EXTRACTION":
-        task = "SEQ_2_SEQ_LM"
+    task, model = task_of(model), unwrapped(model)
     text = model.config.get_text_config()
     return {
         "peft_type": "PROMPT_TUNING",
@@ -74,6 +71,13 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
     model = unwrapped(model)
     inner = model.base_model_prefix + "."
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inner)}
+
+
+def task_of(model: Any) -> str:
+    """PEFT's word for what a model is for."""
+    model = unwrapped(model)
+    task = next((task for end, task in TASKS.items() if is_a(model, end)), "FEATURE_EXTRACTION")
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder and task == "FEATURE_EXTRACTION" else task
 
 
 class Saved(NamedTuple):

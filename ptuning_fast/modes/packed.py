@@ -105,6 +105,8 @@ def _obstacle(model: Any) -> str | None:
             f"{type(model).__name__} adds a loss over its routers' choices, which counts padding as a mask tells it: "
             "take mode='prepend', or set output_router_logits=False in its config"
         )
+    if getattr(model.config, "output_attentions", False):
+        return "there are no attention weights to give out (output_attentions in its config): take mode='prepend'"
     return obstacle_of_attention(model.config._attn_implementation)
 
 

@@ -104,7 +104,7 @@ def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
             prompt = Prompt(table(torch.tensor(tokens[:3], device=table.weight.device)).float())
             cache = _filled(inner, info, prompt)
             for side in sides:
-                texts = [tokens[3:], tokens[3:5]] if side == "left" else [tokens[3:]]
+                texts = [tokens[3:], tokens[3:5] if side == "left" else tokens[:2:-1]]
                 batch = padded(texts, side, tokens[0], table.weight.device)
                 found = _logits(inner, tokens[0], **_behind(inner, info, batch, prompt, cache, 1))
                 alone = [torch.tensor([tokens[:3] + text], device=table.weight.device) for text in texts]

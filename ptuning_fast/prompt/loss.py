@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import ordinary_tokens, quietly
 
-__all__ = ["goes_by_items", "has_causal_loss", "keeps_labelled_rows", "on_labelled_rows"]
+__all__ = ["goes_by_items", "has_causal_loss", "is_of_tokens", "keeps_labelled_rows", "on_labelled_rows"]
 
 
 def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
 def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
     """Whether the loss of `on_labelled_rows` is the model's: it takes both arguments, and gives the same for a text."""
     inner = unwrapped(model)
-    if not {"logits_to_keep", "labels"} <= info.takes:
+    if not {"logits_to_keep", "labels"} <= info.takes or not is_of_tokens(model):
         return False
     ids, labels = _short_text(inner)
     given = {"input_ids": ids, "labels": labels}
@@ -43,7 +43,7 @@ def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
             whole, kept = (inner(**inputs).loss.float() for inputs in (given, on_labelled_rows(given)))
         except Exception:  # whatever a loss makes of arguments that it does not know
             return False
-    return torch.allclose(whole, kept, rtol=1e-4 if inner.dtype == torch.float32 else 1e-2)
+    return torch.allclose(whole, kept, rtol=1e-4 if inner.dtype == torch.float32 else 2e-3)
 
 
 def has_causal_loss(model: Any) -> bool:
@@ -51,8 +51,14 @@ def has_causal_loss(model: Any) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     inner = unwrapped(model)
-    takes_labels = "labels" in inspect.signature(inner.forward).parameters
+    takes_labels = "labels" in inspect.signature(inner.forward).parameters and not inner.config.is_encoder_decoder
     return takes_labels and getattr(inner, "loss_function", None) is ForCausalLMLoss
+
+
+def is_of_tokens(model: Any) -> bool:
+    """Whether the loss is a mean over labelled tokens, as transformers' own are; of any other nothing is known."""
+    function = getattr(unwrapped(model), "loss_function", None)
+    return getattr(function, "__module__", "").startswith("transformers.loss.")
 
 
 def goes_by_items(model: Any, info: ModelInfo) -> bool:

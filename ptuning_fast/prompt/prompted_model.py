@@ -1,13 +1,16 @@
 """PromptedModel: a model and its prompt as one module, with the model's own call."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..files import peft
 from ..files.checkpoint import trained_only
 from ..models import unwrapped
+from ..models.info import is_a
 from .loss import has_causal_loss
 from .soft_prompt import LaidOut, SoftPrompt
 
@@ -18,9 +21,10 @@ __all__ = ["PromptedModel"]
 
 # What padding-free collators give beside the ids, with which `SoftPrompt` tells the texts apart.
 _FLATTENED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-# Outputs with a row for each token, where a model has them.
-_OF_TOKENS = ("logits", "last_hidden_state")
-_CACHES = ("past_key_values", "cache")
+_CACHES = {"past_key_values", "cache"}
+_COLUMNS = ("start_positions", "end_positions")  # of the text, which the prompt moves
+_NO_MATTER = ("use_cache", "return_dict")  # where the loss alone is asked for
+_WITHOUT_PROMPT = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class PromptedModel(nn.Module):
@@ -35,8 +39,9 @@ class PromptedModel(nn.Module):
     `device`, `generation_config`, `gradient_checkpointing_enable`, ...) is its own.
 
     Args:
-        model: a transformers model, quantised or with LoRA as it comes. Where nothing of it is frozen yet it is frozen
-            whole; else what is frozen stays so, and the rest is trained with the prompt (LoRA, a classifier's head).
+        model: a transformers model, quantised or with LoRA as it comes. One whose token embeddings are not frozen yet
+            is frozen, but for a classifier's head, which is trained with the prompt (as PEFT does). One whose
+            embeddings are frozen stays as it is, and what is not frozen is trained with the prompt (LoRA).
         length: virtual tokens, m.
         mode: as `SoftPrompt` takes it: `"auto"`, or `"prepend"`, `"packed"`, `"shared"`.
         prompt: a SoftPrompt of `model`, instead of a new one.
@@ -54,8 +59,11 @@ class PromptedModel(nn.Module):
         super().__init__()
         if prompt is not None and prompt.model is not model:
             raise ValueError("prompt is for another model: give the one that it was made with")
-        if all(parameter.requires_grad for parameter in model.parameters() if parameter.is_floating_point()):
+        if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
             model.requires_grad_(False)
+            head = peft.head_of(model, peft.task_of(model))
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in head)
         self.model = model
         self.prompt = SoftPrompt(model, length, **options) if prompt is None else prompt
         self.mode = mode
@@ -82,15 +90,18 @@ class PromptedModel(nn.Module):
             kwargs: what padding-free collators give (`position_ids`, `cu_seq_lens_q`, ...), and arguments of the model.
         """
         flattened = {name: kwargs.pop(name) for name in _FLATTENED if kwargs.get(name) is not None}
-        given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, self.mode)
-        if labels is not None and self.training and has_causal_loss(self.model):
+        given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, self._mode_for(kwargs))
+        nothing_else = all(value is None or name in _NO_MATTER for name, value in kwargs.items())
+        if labels is not None and self.training and has_causal_loss(self.model) and nothing_else:
             from transformers.modeling_outputs import CausalLMOutput
 
             return CausalLMOutput(loss=self.prompt.loss(*given, num_items_in_batch=num_items_in_batch, **flattened))
         laid_out = self.prompt.laid_out(*given, **flattened)
-        if num_items_in_batch is not None:
-            kwargs["num_items_in_batch"] = num_items_in_batch
-        return self._called(self.model, laid_out, bool(flattened), kwargs)
+        return self._called(self.model, laid_out, bool(flattened), kwargs | self.prompt.items(num_items_in_batch))
+
+    def _mode_for(self, kwargs: dict[str, Any]) -> str:
+        """A loss over routers' choices counts the rows of a mask, which is there in mode "prepend" alone."""
+        return "prepend" if kwargs.get("output_router_logits") else self.mode
 
     @property
     def base_model(self) -> Any:
@@ -101,32 +112,67 @@ class PromptedModel(nn.Module):
         return self._backbone
 
     def _backbone(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> "ModelOutput":
+        inner = unwrapped(self.model)
+        if hasattr(inner.get_output_embeddings(), "base_layer"):
+            raise TypeError(
+                "the head has an adapter, which whoever takes its weight alone leaves out: adapt other modules"
+            )
+        if kwargs.get("output_router_logits") or getattr(inner.config, "output_router_logits", False):
+            raise TypeError(
+                "a loss over routers' choices would count other rows than the texts': set router_aux_loss_coef=0 where "
+                "you train, or train with transformers' Trainer"
+            )
         flattened = {name: kwargs.pop(name) for name in _FLATTENED if kwargs.get(name) is not None}
         types, index = kwargs.pop("token_type_ids", None), kwargs.pop("prompt_index", None)
         laid_out = self.prompt.laid_out(input_ids, attention_mask, types, None, index, self.mode, **flattened)
-        return self._called(unwrapped(self.model).base_model, laid_out, bool(flattened), kwargs)
+        return self._called(inner.base_model, laid_out, bool(flattened), kwargs)
 
     def _called(self, model: Any, laid_out: LaidOut, flattened: bool, kwargs: dict[str, Any]) -> "ModelOutput":
         mode, batch, inputs = laid_out
+        m, columns = self.prompt.length, inputs["inputs_embeds"].shape[:2]
         for name in _CACHES:
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
         if self.prompt.takes_cache:
             kwargs.setdefault("use_cache", False)
+        for name in _COLUMNS:
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name] + m
+        kept = kwargs.pop("logits_to_keep", 0)
         out = model(**(kwargs | inputs))
-        if not self.prompt.per_token:
+        if unwrapped(self.model).config.is_encoder_decoder:
             return out
 
-        def of_tokens(rows: Tensor) -> Tensor:
-            rows = mode.of_tokens(rows, inputs, batch, self.prompt.length)
+        def of_tokens(rows: Any) -> Any:
+            if isinstance(rows, tuple):
+                return tuple(map(of_tokens, rows))
+            if (
+                not torch.is_tensor(rows)
+                or rows.shape[:2] != columns
+                or (rows.dim() == 2 and not self._columns_are_out)
+            ):
+                return rows
+            rows = mode.of_tokens(rows, inputs, batch, m)
             return rows[batch.attention_mask != 0][None] if flattened else rows
 
-        for name in _OF_TOKENS:
-            if torch.is_tensor(out.get(name)):
+        for name in out.keys() - _CACHES:
+            if name != "attentions":
                 out[name] = of_tokens(out[name])
-        if out.get("hidden_states"):
-            out["hidden_states"] = tuple(of_tokens(rows) for rows in out["hidden_states"])
+        if "logits" in out and (torch.is_tensor(kept) or kept):
+            out["logits"] = out.logits[:, kept if torch.is_tensor(kept) else slice(-kept, None)]
         return out
+
+    @property
+    def _columns_are_out(self) -> bool:
+        """Whether an output [B, S] has a number for each column, and not S classes."""
+        return not is_a(unwrapped(self.model), "ForSequenceClassification", "ForNextSentencePrediction")
+
+    def _get_name(self) -> str:
+        """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""
+        return type(unwrapped(self.model)).__name__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(mode={self.mode!r}, prompt={self.prompt!r})"
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -141,6 +187,11 @@ class PromptedModel(nn.Module):
             input_ids, attention_mask: [B, n], padded on the left.
             options: `generate`'s own.
         """
+        if options.get("max_length") is not None and not self.model.config.is_encoder_decoder:
+            most, n = options.pop("max_length"), input_ids.shape[1]
+            if most <= n:
+                raise ValueError(f"max_length is {most}, and input_ids have {n} columns already: take max_new_tokens")
+            options.setdefault("max_new_tokens", most - n)
         out = self.prompt.generate(input_ids, attention_mask, **options)
         if self.model.config.is_encoder_decoder:
             return out
@@ -154,8 +205,16 @@ class PromptedModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """What `SoftPrompt.save_pretrained` writes; of other arguments `is_main_process` alone is heeded."""
-        if kwargs.get("is_main_process", True):
-            self.prompt.save_pretrained(folder)
+        if not kwargs.get("is_main_process", True):
+            return
+        head = peft.head_of(self.model, peft.task_of(self.model))
+        rest = [name for name, one in self.model.named_parameters() if one.requires_grad and name not in head]
+        if rest:
+            warnings.warn(
+                f"{rest[0]} is trained, too, and is not written with the prompt: model.save_pretrained keeps it",
+                stacklevel=2,
+            )
+        self.prompt.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path, *, mode: str = "auto") -> "PromptedModel":
@@ -166,6 +225,6 @@ class PromptedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not there yet
+            if name == "model" or name in _WITHOUT_PROMPT:  # the former: not there yet
                 raise
             return getattr(self.model, name)

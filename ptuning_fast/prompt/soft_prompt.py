@@ -20,7 +20,7 @@ from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
 from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
-from .loss import goes_by_items, has_causal_loss, keeps_labelled_rows, on_labelled_rows
+from .loss import goes_by_items, has_causal_loss, is_of_tokens, keeps_labelled_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
 
@@ -171,7 +171,7 @@ class SoftPrompt(nn.Module):
         info.check_room(self.length, batch.input_ids.shape[-1])
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
-            of_rows = labels is not None and not per_token
+            of_rows = labels is not None and not (per_token and is_of_tokens(self.model))
             served = self._mode("prepend") if of_rows else self._fewest_rows(prompt, batch)
         else:
             served = self._mode(mode)
@@ -223,13 +223,7 @@ class SoftPrompt(nn.Module):
         inputs = self(
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
-        if num_items_in_batch is not None:
-            if not self.goes_by_items:
-                raise ValueError(
-                    f"the loss of {self._info.name} does not go by num_items_in_batch: leave it out, and weigh the "
-                    "batches' losses"
-                )
-            inputs["num_items_in_batch"] = num_items_in_batch
+        inputs |= self.items(num_items_in_batch)
         if inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
             if is_large(self.model, inputs) and self._of_loss(has_chunks):
                 loss = in_chunks(self.model, inputs)
@@ -238,6 +232,17 @@ class SoftPrompt(nn.Module):
             if self._of_loss(keeps_labelled_rows):
                 inputs = on_labelled_rows(inputs)
         return self.model(**inputs).loss
+
+    def items(self, num_items_in_batch: Tensor | int | None) -> dict[str, Any]:
+        """That as an argument of the model, where given; ValueError for a model whose loss does not go by it."""
+        if num_items_in_batch is None:
+            return {}
+        if not self.goes_by_items:
+            raise ValueError(
+                f"the loss of {self._info.name} does not go by num_items_in_batch: leave it out, and weigh the "
+                "batches' losses"
+            )
+        return {"num_items_in_batch": num_items_in_batch}
 
     @property
     def takes_cache(self) -> bool:
@@ -255,11 +260,12 @@ class SoftPrompt(nn.Module):
         return self._of_loss(goes_by_items)
 
     def _of_loss(self, check: Callable[[Any, ModelInfo], bool]) -> bool:
-        """What `check` finds out of the model, once for each loss function that it is given."""
-        function = getattr(unwrapped(self.model), "loss_function", None)
+        """What `check` finds out of the model, once for each loss function and head that it is given."""
+        model = unwrapped(self.model)
+        parts = getattr(model, "loss_function", None), model.get_output_embeddings()
         found = self._loss_found.get(check.__name__)
-        if found is None or found[0] is not function:
-            found = self._loss_found[check.__name__] = function, check(self.model, self._info)
+        if found is None or any(one is not other for one, other in zip(found[0], parts)):
+            found = self._loss_found[check.__name__] = parts, check(self.model, self._info)
         return found[1]
 
     @torch.no_grad()

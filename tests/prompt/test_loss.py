@@ -3,6 +3,7 @@
 import pytest
 import sweep
 import torch
+import torch.nn.functional as F
 import zoo
 
 from ptuning_fast import SoftPrompt
@@ -179,3 +180,21 @@ def test_losses_that_do_not_go_by_the_number_of_items_say_so(name, kind, torch_b
     prompt.loss(ids, mask, labels=labels)
     with pytest.raises(ValueError, match=f"the loss of {kind} does not go by num_items_in_batch"):
         prompt.loss(ids, mask, labels=labels, num_items_in_batch=7)
+
+
+def test_losses_that_weigh_tokens_or_rows(torch_backend):
+    """Of a replaced loss nothing is known: all rows go through the head, in the layout of the model."""
+
+    def weighted(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+        weight = torch.ones(vocab_size).index_fill(0, torch.tensor([3]), 0.1)
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, weight=weight, reduction="none")
+        return (losses.sum(1) / (targets != -100).sum(1)).mean()
+
+    ids, mask, labels = batch("last")
+    labels[:, -1:] = labels[:, -1:].masked_fill(labels[:, -1:] != -100, 3)
+    model = build("llama")
+    model.loss_function = weighted
+    prompt = SoftPrompt(model, 3)
+    expected = gradients(prompt, model(**prompt(ids, mask, labels=labels)).loss)
+    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)

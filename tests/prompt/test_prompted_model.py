@@ -100,6 +100,7 @@ def test_models_with_other_outputs_than_one_per_token():
 
 def test_what_is_frozen_and_what_is_saved(tmp_path):
     model = zoo.build("Llama", tie_word_embeddings=True).requires_grad_(True)
+    model.model.norm.weight.requires_grad_(False)  # some architectures come with frozen parameters
     prompted = PromptedModel(model, 3)
     assert list(prompted.state_dict()) == ["prompt.prompt_embeddings"]
     assert [name for name, one in prompted.named_parameters() if one.requires_grad] == ["prompt.prompt_embeddings"]
@@ -113,11 +114,120 @@ def test_what_is_frozen_and_what_is_saved(tmp_path):
     prompted.save_pretrained(tmp_path)
     again = PromptedModel.from_pretrained(model, tmp_path, mode="packed")
     assert torch.equal(again.prompt.prompt_embeddings, before) and again.mode == "packed"
-    with_head = zoo.build("BERT", "BertForSequenceClassification").requires_grad_(False)
-    with_head.classifier.requires_grad_(True)
-    assert len(PromptedModel(with_head, 3).state_dict()) == 3
     with pytest.raises(ValueError, match="another model"):
-        PromptedModel(model, prompt=SoftPrompt(with_head, 3))
+        PromptedModel(zoo.build("Llama"), prompt=again.prompt)
+    prompted.requires_grad_(False)  # for a second stage, or a copy
+    assert list(prompted.state_dict()) == ["prompt.prompt_embeddings"]
+
+
+def test_a_classifiers_head_is_trained_and_saved(tmp_path):
+    """As PEFT has it; what else is trained is not in the adapter, which is said."""
+    classifier = zoo.build("BERT", "BertForSequenceClassification").requires_grad_(True)
+    prompted = PromptedModel(classifier, 3)
+    names = ["model.classifier.weight", "model.classifier.bias", "prompt.prompt_embeddings"]
+    assert sorted(prompted.state_dict()) == sorted(names)
+    torch.nn.init.normal_(classifier.classifier.weight)
+    prompted.save_pretrained(tmp_path)
+    again = PromptedModel.from_pretrained(zoo.build("BERT", "BertForSequenceClassification"), tmp_path).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert torch.equal(again(ids, mask).logits, prompted.eval()(ids, mask).logits)
+    classifier.bert.encoder.layer[0].output.dense.requires_grad_(True)
+    with pytest.warns(UserWarning, match="layer.0.output.dense.weight is trained, too, and is not written"):
+        prompted.save_pretrained(tmp_path)
+
+
+def test_small_checkpoints_of_a_part():
+    """Nothing is said to be there that is missing beside it, and a frozen adapter is saved as it is."""
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prompted = PromptedModel(zoo.build("Llama"), 3)
+            self.value_head = torch.nn.Linear(2, 2)
+
+    both = Both()
+    state = both.state_dict()
+    assert sorted(state) == ["prompted.prompt.prompt_embeddings", "value_head.bias", "value_head.weight"]
+    both.load_state_dict(state)
+    del state["value_head.weight"]
+    with pytest.raises(RuntimeError, match=r"value_head\.weight"):
+        both.load_state_dict(state)
+
+
+def test_a_frozen_classifier_is_saved_whole(tmp_path):
+    fast = trained_only(FastPTuning(zoo.build("BERT"), 3, 2)).requires_grad_(False).eval()
+    fast.save_pretrained(tmp_path)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert torch.equal(FastPTuning.from_pretrained(tmp_path, zoo.build("BERT"))(ids, mask), fast(ids, mask))
+
+
+def test_arguments_of_the_model_count_in_training():
+    """The loss alone is for a language model that is given nothing else."""
+    model = zoo.build("Llama")
+    prompted = PromptedModel(model, 3).train()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    assert prompted(ids, mask, labels=labels, output_hidden_states=True).hidden_states is not None
+    with pytest.raises(TypeError, match="attn_mask"):
+        prompted(ids, mask, labels=labels, attn_mask=mask)
+    t5 = PromptedModel(zoo.build("T5"), 3)
+    own = {"decoder_input_ids": torch.ones_like(ids), "labels": ids}
+    for training in (False, True):
+        t5.train(training)
+        for module in t5.modules():
+            module.training = training and module is t5
+        assert same(t5(ids, mask, **own).loss, t5.model(**t5.prompt(ids, mask), **own).loss)
+    assert t5(ids, mask, **own).logits.shape == (*ids.shape, zoo.V)
+    masked = PromptedModel(zoo.build("BERT", "BertForMaskedLM"), 3)
+    with pytest.raises(ValueError, match="does not go by num_items_in_batch"):
+        masked(ids, mask, labels=labels, num_items_in_batch=7)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
+def test_logits_to_keep_are_those_of_the_last_columns(mode):
+    prompted = PromptedModel(zoo.build("Llama"), 3, mode=mode).eval()
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    whole = prompted(ids, mask).logits
+    assert same(prompted(ids, mask, logits_to_keep=2).logits, whole[:, -2:])
+    assert same(prompted(ids, mask, logits_to_keep=torch.tensor([3, 5])).logits, whole[:, [3, 5]])
+
+
+def test_questions_are_answered_in_columns_of_the_text():
+    model = zoo.build("BERT", "BertForQuestionAnswering")
+    prompted = PromptedModel(model, 3).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    starts, ends = torch.tensor([1, 2, 0, 5]), torch.tensor([2, 7, 0, 9])
+    out = prompted(ids, mask, start_positions=starts, end_positions=ends)
+    assert out.start_logits.shape == ids.shape
+    by_hand = model(**prompted.prompt(ids, mask), start_positions=starts + 3, end_positions=ends + 3)
+    assert same(out.loss, by_hand.loss) and same(out.end_logits, by_hand.end_logits[:, 3:])
+
+
+def test_outputs_of_other_names():
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    pretraining = PromptedModel(zoo.build("BERT", "BertForPreTraining"), 3).eval()(ids, mask)
+    assert pretraining.prediction_logits.shape[:2] == ids.shape and pretraining.seq_relationship_logits.shape == (4, 2)
+    electra = PromptedModel(zoo.build("ELECTRA", "ElectraForPreTraining"), 3).eval()(ids, mask)
+    assert electra.logits.shape == ids.shape
+    classes = PromptedModel(zoo.build("BERT", "BertForSequenceClassification", num_labels=ids.shape[1] + 3), 3).eval()
+    assert classes(ids, mask).logits.shape == (4, ids.shape[1] + 3)
+
+
+def test_what_would_go_past_the_prompt():
+    prompted = PromptedModel(zoo.build("Llama"), 3).eval()
+    assert not hasattr(prompted, "generate_batch")
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    assert prompted.generate(ids, mask, max_length=ids.shape[1] + 4).shape[1] == ids.shape[1] + 4
+    with pytest.raises(ValueError, match="max_length is 9, and input_ids have 17 columns already"):
+        prompted.generate(ids, mask, max_length=9)
+    peft = pytest.importorskip("peft")
+    lora = peft.get_peft_model(causal(), peft.LoraConfig(target_modules=["lm_head"], r=2))
+    with pytest.raises(TypeError, match="the head has an adapter"):
+        PromptedModel(lora, 3).base_model(ids, mask)
+    mixture = sweep.build("mixtral", CLASSES["mixtral"], "sdpa")
+    mixture.config.output_router_logits = True
+    with pytest.raises(TypeError, match="router_aux_loss_coef=0"):
+        PromptedModel(mixture, 3).base_model(ids, mask)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +341,18 @@ def test_trainer_resumes_and_loads_the_best(tmp_path):
 
     assert torch.equal(load_file(Path(best) / "model.safetensors")["prompt.prompt_embeddings"], state.popitem()[1])
     assert second.evaluate()["eval_loss"] > 0
+
+
+def test_label_smoothing_is_that_of_the_next_token(tmp_path):
+    """Trainer's own sum, over all tokens but the first of each text."""
+    run, _ = trainer(prompted_causal(), tmp_path, label_smoothing_factor=0.1)
+    batch = collate(run.train_dataset[:4])
+    run.model.eval()
+    logits = run.model(batch["input_ids"], batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+    assert same(run.compute_loss(run.model, dict(batch)), expected)
 
 
 def test_evaluation_gives_logits_in_columns(tmp_path):
