@@ -31,8 +31,9 @@ else:
 
 NEEDS_GPU = "needs a GPU"
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the others have the other cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others have the other cores, and so they have in what a test starts
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(params=["kernels", "torch"])
