@@ -12,7 +12,11 @@ WERE_WRONG = ["big_bird", "doge", "llama, dynamic RoPE", "phi3, longrope", "phim
 LINES = {line.split(" | ")[0].removeprefix("| "): line for line in sweep.PAGE.read_text(encoding="utf-8").splitlines()}
 
 
-@pytest.mark.parametrize("kind", sorted({*list(KINDS)[::10], *WERE_WRONG}))
+# Of those that the table says anything of: building the others takes half a minute each to fail.
+TENTH = [kind for kind in KINDS if kind in LINES or transformers.__version__ not in sweep.PAGE.read_text("utf-8")][::10]
+
+
+@pytest.mark.parametrize("kind", sorted({*TENTH, *WERE_WRONG}))
 def test_no_text_model_is_silently_wrong_and_the_table_is_true(kind, torch_backend):
     if kind not in KINDS:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")

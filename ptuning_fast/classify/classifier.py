@@ -179,7 +179,7 @@ class FastPTuning(nn.Module):
         Returns:
             Logits [B, num_labels], or with `labels` a `SequenceClassifierOutput` of `loss` and `logits`.
         """
-        self._info.check_room(self.prompt_length, input_ids.shape[-1])
+        self._info.check_room(self.prompt_length, input_ids)
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)
         order = None

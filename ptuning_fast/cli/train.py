@@ -91,7 +91,8 @@ def run(options: Namespace) -> None:
     if diverged:
         raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    say(f"{trainer.state.global_step} steps, loss {losses[0]:.4f} at first and {losses[-1]:.4f} in the end")
+    end = f" at first and {losses[-1]:.4f} in the end" if len(losses) > 1 else " at first"
+    say(f"{trainer.state.global_step} steps, loss {losses[0]:.4f}{end}")
     say(f"adapter saved in {options.output}")
     say(f"held-out {task.measured(trainer)}; {baseline}")
     demo = not options.train_file and not options.model

@@ -32,12 +32,16 @@ class ModelInfo:
     adjacent: bool  # the prompt goes next to the text, behind padding on the left; not where a pooler reads column 0
     cache: str | None  # what its forward calls a cache; None: it takes none
 
-    def check_room(self, length: int, n: int) -> None:
-        """ValueError where `length` virtual tokens and n tokens are more than the model has positions.
+    def check_room(self, length: int, input_ids: Tensor) -> None:
+        """ValueError where m = `length` and the n of [B, n] are more than the model has positions, or B is 0.
 
         A warning where they are so many that outputs depend on the batch.
         """
-        most = self.max_positions
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids must be a torch.Tensor, not {type(input_ids).__name__}")
+        if input_ids.shape[:1] == (0,):
+            raise ValueError("input_ids has no rows: a batch without texts has no output and no loss, so leave it out")
+        most, n = self.max_positions, input_ids.shape[-1]
         if most is not None and length + n > most:
             raise ValueError(
                 f"{length} virtual tokens and {n} tokens are {length + n}, and {self.name} has {most} positions: "

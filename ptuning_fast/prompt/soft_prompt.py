@@ -1,6 +1,7 @@
 """SoftPrompt: a trainable prompt for any Hugging Face model."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ class SoftPrompt(nn.Module):
         tokenizer: Any = None,
     ):
         super().__init__()
+        if not isinstance(length, int):
+            raise TypeError(f"length is the number of virtual tokens, an int; it is a {type(length).__name__}")
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
         self._info = describe(model)
@@ -159,6 +162,11 @@ class SoftPrompt(nn.Module):
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
         info = self._info
+        info.check_room(self.length, input_ids)
+        if info.per_token and not info.labels_are_rows and labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels must be {list(input_ids.shape)}, one per token, as input_ids; they are {list(labels.shape)}"
+            )
         per_token = labels is not None and not info.labels_are_rows and labels.shape == input_ids.shape
         types = token_type_ids if "token_type_ids" in info.takes else None
         batch = Batch(input_ids, attention_mask, types, _off_padding(labels, attention_mask) if per_token else None)
@@ -168,7 +176,6 @@ class SoftPrompt(nn.Module):
             batch, lengths = as_rows(batch, **flattened)
         if self.length == 0 and per_token and has_causal_loss(self.model):
             batch = batch._replace(labels=_without_first(batch))
-        info.check_room(self.length, batch.input_ids.shape[-1])
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
             of_rows = labels is not None and not (per_token and is_of_tokens(self.model))
@@ -182,8 +189,6 @@ class SoftPrompt(nn.Module):
             if lengths is not None and not flattened and mode != "auto":
                 raise ValueError(f"lengths is for mode='packed'; in mode={mode!r} no row is dropped")
             lengths = None
-        if served.packed and labels is not None and not per_token:
-            raise ValueError(f"mode='packed' takes labels that are one per token; these are {list(labels.shape)}")
         info.check_mask(None if flattened else batch.attention_mask, served.packed and lengths is None)
         embedded = served.embed(self.model, batch, prompt, Layout(lengths=lengths))
         inputs = served.inputs(self.model, embedded, prompt)
@@ -289,12 +294,19 @@ class SoftPrompt(nn.Module):
             options: `generate`'s own.
         """
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
+        decoder = not getattr(self.model.config, "is_encoder_decoder", False)
+        if decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):
+            warnings.warn(
+                "attention_mask has padding at the end of a row, from which generate goes on: pad on the left "
+                "(tokenizer.padding_side = 'left')",
+                stacklevel=2,
+            )
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
         copies = copies_of_rows(self.model, options)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self._info)
-            self._info.check_room(self.length, input_ids.shape[-1])
+            self._info.check_room(self.length, input_ids)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies)
         inputs = self(*given) if inputs is None else inputs
         return self.model.generate(**inputs, **options)

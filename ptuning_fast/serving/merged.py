@@ -8,6 +8,7 @@ to the table cannot have both, and is untied.
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def save(
     prompts = rows if bank else rows[None]
     names = _checked(names, len(prompts), bank)
     model = _mergeable(model)
+    for name in (model.config._name_or_path, getattr(tokenizer, "name_or_path", "")):
+        if name and Path(name).is_dir() and folder.resolve() == Path(name).resolve():
+            raise ValueError(f"{folder} is where the model itself is: it would be replaced, so name another folder")
     if not rows.numel():
         raise ValueError("there are no virtual tokens to merge: model.save_pretrained is all it takes")
     tokens = [[f"<|{name}_{place}|>" for place in range(prompts.shape[1])] for name in names]
@@ -103,6 +107,12 @@ def _check_ids(model: Any, ids: list[int]) -> None:
         raise ValueError(
             f"the tokenizer has {ids[0]} tokens, and the vocabulary of {type(model).__name__} {V} rows: give the "
             f"model's own tokenizer, or call model.resize_token_embeddings({ids[0]}) first"
+        )
+    if ids[0] < 0.9 * V:
+        warnings.warn(
+            f"the tokenizer has {ids[0]} tokens, and the vocabulary of {type(model).__name__} {V} rows: the prompt "
+            "takes the next rows, which are other tokens' if this is not the model's own tokenizer",
+            stacklevel=4,
         )
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         for key, value in (config.to_dict() if config is not None else {}).items():

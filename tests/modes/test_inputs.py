@@ -225,3 +225,28 @@ def test_attention_weights_are_not_there_in_a_packed_call():
     ids, mask = zoo.padded(zoo.texts(), "right")
     with pytest.raises(TypeError, match="output_attentions"):
         model(**SoftPrompt(model, 3)(ids, mask, mode="packed"), output_attentions=True)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared", "auto"])
+def test_batches_of_nothing_and_labels_of_another_shape(mode):
+    prompt = SoftPrompt(zoo.build("Llama"), 3)
+    none = torch.zeros(0, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="input_ids has no rows"):
+        prompt(none, torch.ones_like(none), mode=mode)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with pytest.raises(ValueError, match=r"labels must be \[4, 17\], one per token, as input_ids; they are \[4, 3\]"):
+        prompt(ids, mask, labels=ids[:, :3], mode=mode)
+    with pytest.raises(TypeError, match=r"input_ids must be a torch\.Tensor, not list"):
+        prompt(ids.tolist(), mode=mode)
+
+
+def test_lengths_that_are_no_number():
+    with pytest.raises(TypeError, match=r"length is the number of virtual tokens, an int; it is a float"):
+        SoftPrompt(zoo.build("Llama"), 2.5)
+
+
+def test_generate_warns_of_padding_at_the_end():
+    prompt = SoftPrompt(zoo.build("Llama"), 3)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with pytest.warns(UserWarning, match="padding at the end of a row"):
+        prompt.generate(ids, mask, max_new_tokens=1)

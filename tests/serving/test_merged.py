@@ -331,3 +331,17 @@ def test_refusals(tmp_path):
         SoftPrompt(build(), 0).save_pretrained_merged(tmp_path / "refused", tokenizer)
     with pytest.raises(ValueError, match=r"has a token <\|prompt_0\|> already"):
         prompt_for(build()).save_pretrained_merged(tmp_path / "refused", AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_the_models_own_folder_and_another_models_tokenizer(tmp_path):
+    """The base would be gone, or other tokens be overwritten."""
+    tokenizer = byte_level()
+    model = zoo.build("Llama", vocab_size=2 * len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    prompt = SoftPrompt(model, 3)
+    with pytest.raises(ValueError, match="is where the model itself is"):
+        prompt.save_pretrained_merged(tmp_path / "base", tokenizer)
+    with pytest.warns(UserWarning, match="if this is not the model's own tokenizer"):
+        prompt.save_pretrained_merged(tmp_path / "merged", tokenizer)
