@@ -126,9 +126,9 @@ class Peft(nn.Module):
 
 
 class Fast(nn.Module):
-    def __init__(self, model, start, mode):
+    def __init__(self, model, start, mode, keep_prompt=False):
         super().__init__()
-        self.model, self.mode = model, mode
+        self.model, self.mode, self.keep_prompt = model, mode, keep_prompt
         self.prompt = SoftPrompt(model, len(start), init=start)
         self.prompt_embeddings = self.prompt.prompt_embeddings
 
@@ -139,7 +139,7 @@ class Fast(nn.Module):
 
     def generate(self, input_ids, attention_mask):
         if self.mode == "auto":
-            return self.prompt.generate(input_ids, attention_mask, max_new_tokens=1)
+            return self.prompt.generate(input_ids, attention_mask, keep_prompt=self.keep_prompt, max_new_tokens=1)
         return self.model.generate(**self.prompt(input_ids, attention_mask), max_new_tokens=1)
 
 
@@ -228,7 +228,7 @@ def test_causal_step(benchmark, request, models, shape, name, checkpointed):
         loss = one(*batches[0])
         results.append((loss.detach(), torch.autograd.grad(loss, one.prompt_embeddings)[0]))
     errors = [((actual - truth).abs().max() / truth.abs().max()).item() for actual, truth in zip(*results)]
-    assert errors[0] <= 1e-6 and errors[1] <= 1e-5
+    assert errors[0] <= (1e-6 if name in IMPLEMENTATIONS else 1e-5) and errors[1] <= 1e-5
     benchmark.group = f"causal training step, {shape}"
     benchmark.extra_info |= about(name + (", checkpointed" if checkpointed else ""), f"Llama-like, {shape}", case)
     benchmark.extra_info |= {
@@ -243,14 +243,17 @@ def test_causal_step(benchmark, request, models, shape, name, checkpointed):
         benchmark.extra_info["examples_per_s"] = 1e6 * case.B / benchmark.extra_info["wall_us"][1]
 
 
-@pytest.mark.parametrize("name", ["torch.cat", "PEFT", "ptuning-fast, prepend", OURS])
+KEPT = "ptuning-fast, auto, prompt kept"
+FIRST_TOKEN = {name: IMPLEMENTATIONS[name] for name in ("torch.cat", "PEFT", "ptuning-fast, prepend", OURS)}
+FIRST_TOKEN[KEPT] = lambda model, start: Fast(model, start, "auto", keep_prompt=True)
+
+
+@pytest.mark.parametrize("name", FIRST_TOKEN)
 def test_first_token(benchmark, request, models, name):
     case = CASES["no padding, long prompt"]
     model, start = models(case.V).eval(), start_of(case)
     batches = [(ids, mask) for ids, mask, _ in batches_of(case)]
-    module, ours, truth = (
-        IMPLEMENTATIONS[which](model, start).to(DEVICE).eval() for which in (name, OURS, "torch.cat")
-    )
+    module, ours, truth = (FIRST_TOKEN[which](model, start).to(DEVICE).eval() for which in (name, OURS, "torch.cat"))
     for batch in batches:
         assert torch.equal(module.generate(*batch), truth.generate(*batch))
     benchmark.group = "first token of generate"

@@ -4,7 +4,8 @@
     computed:    pad  x_1 .. x_n     [B, n]
 
 transformers' generate takes a filled cache beside `inputs_embeds` of all columns, and runs those that the cache lacks.
-Nothing is kept from call to call: what a model's weights, hooks and adapters were the last time cannot be told.
+From call to call they are kept where the caller says so alone: what a model's weights, hooks and adapters were the last
+time cannot be told.
 """
 
 import copy
@@ -32,12 +33,17 @@ class CachedPrompt:
 
     def __init__(self, model: Any, info: ModelInfo):
         self.info, self.exact_sides = info, _exact_sides(model, info)
+        self.kept: tuple[Tensor, DynamicCache] | None = None  # a prompt [m, d] and what was computed of it
 
-    def inputs(self, model: Any, batch: Batch, prompt: Prompt, copies: int) -> dict[str, Any] | None:
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"kept": None}
+
+    def inputs(self, model: Any, batch: Batch, prompt: Prompt, copies: int, keep: bool) -> dict[str, Any] | None:
         """The arguments of `model.generate` for a batch, each row `copies` times; None where they are not exact.
 
         Args:
             copies: of each row, for beams or several sequences.
+            keep: take what was computed for the same prompt, where that was kept, and keep what is computed now.
         """
         mask, m = batch.attention_mask, prompt.vectors.shape[-2]
         if prompt.vectors.dim() != 2 or 0 in batch.input_ids.shape:
@@ -51,7 +57,16 @@ class CachedPrompt:
         windows = [window for name in _WINDOWS if (window := getattr(config, name, None))]
         if windows and (padded_left or m >= min(windows)):  # padding behind the prompt would shift a text's windows
             return None
-        return _behind(model, self.info, batch, prompt, _filled(model, self.info, prompt), copies)
+        vectors = prompt.vectors.detach().to(model.get_input_embeddings().weight.dtype)
+        known = self.kept if keep else None
+        if known is None or known[0].device != vectors.device or not _equal(known[0], vectors):
+            known = vectors.clone(), _filled(model, self.info, prompt)
+        self.kept = known if keep else None
+        return _behind(model, self.info, batch, prompt, known[1], copies)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:

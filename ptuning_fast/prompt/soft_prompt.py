@@ -280,6 +280,8 @@ class SoftPrompt(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         prompt_index: Tensor | None = None,
+        *,
+        keep_prompt: bool = False,
         **options: Any,
     ) -> Any:
         """What `model.generate(**self(input_ids, attention_mask), **options)` returns: new tokens only.
@@ -291,6 +293,8 @@ class SoftPrompt(nn.Module):
 
         Args:
             input_ids, attention_mask, token_type_ids: [B, n] each, padded on the left, as `generate` wants it.
+            keep_prompt: keep the prompt's keys and values for the next call, until the prompt changes. It is your word
+                that the model does not: weights that were changed, adapters and hooks cannot be noticed.
             options: `generate`'s own.
         """
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
@@ -307,7 +311,7 @@ class SoftPrompt(nn.Module):
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self._info)
             self._info.check_room(self.length, input_ids)
-            inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies)
+            inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
         return self.model.generate(**inputs, **options)
 

@@ -1,6 +1,7 @@
 """SoftPrompt.generate: the tokens of model.generate(**prompt(...)), with the prompt run through the model once."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -118,3 +119,34 @@ def test_an_encoder_decoder_and_a_bank(torch_backend):
     ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
     expected = model.generate(**bank(ids, mask, prompt_index=index), max_new_tokens=4)
     assert torch.equal(bank.generate(ids, mask, prompt_index=index, max_new_tokens=4), expected)
+
+
+def test_a_prompt_that_is_kept(torch_backend):
+    """Computed once while it is the same, by its values; what a caller does not ask for is not kept."""
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, 5)
+    ids, mask = zoo.padded(zoo.texts([6, 4]), "left")
+    runs = []
+
+    def rows_of(kwargs):
+        return 1 if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"].shape[1]
+
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: runs.append(rows_of(kwargs) == 5), with_kwargs=True
+    )
+
+    def generated(**options):
+        runs.clear()
+        found = prompt.generate(ids, mask, max_new_tokens=3, do_sample=False, **options)
+        alone = sum(runs)
+        expected = model.generate(**prompt(ids, mask), max_new_tokens=3, do_sample=False)
+        assert torch.equal(found, expected)
+        return alone
+
+    generated()  # which is also when the model is probed
+    assert [generated(), generated()] == [1, 1]
+    assert [generated(keep_prompt=True), generated(keep_prompt=True), generated(keep_prompt=True)] == [1, 0, 0]
+    prompt.prompt_embeddings.data.mul_(-1)
+    assert [generated(keep_prompt=True), generated(keep_prompt=True)] == [1, 0]
+    assert [generated(), generated(keep_prompt=True)] == [1, 1]
+    assert len(pickle.dumps(prompt._cached)) < 5000
