@@ -98,6 +98,7 @@ def run(options: Namespace) -> None:
     demo = not options.train_file and not options.model
     if state.num_processes == 1 and (demo if options.compare is None else options.compare):
         _compare_speed(model, trainer)
+    state.destroy_process_group()  # its threads would otherwise end with the process, and may abort it
 
 
 def _processes(options: Namespace) -> Any:
