@@ -1,5 +1,6 @@
 """`python -m ptuning_fast train`: train a prompt, keep it, measure it."""
 
+import gc
 import hashlib
 import json
 import shutil
@@ -33,6 +34,14 @@ def run(options: Namespace) -> None:
     Of several processes each runs this, and the first alone prints and writes.
     """
     state = _processes(options)
+    try:
+        _train(options, state)
+    finally:
+        gc.collect()  # whatever still holds the process group: its threads would abort a process that ends before them
+        state.destroy_process_group()
+
+
+def _train(options: Namespace, state: Any) -> None:
     checkpoints = Path(options.output, "checkpoints")  # as long as the training is not over
 
     def say(line: str) -> None:
@@ -98,7 +107,6 @@ def run(options: Namespace) -> None:
     demo = not options.train_file and not options.model
     if state.num_processes == 1 and (demo if options.compare is None else options.compare):
         _compare_speed(model, trainer)
-    state.destroy_process_group()  # its threads would otherwise end with the process, and may abort it
 
 
 def _processes(options: Namespace) -> Any:
