@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ..op import Batch
 
-__all__ = ["as_rows"]
+__all__ = ["FLATTENED", "as_rows"]
 
-# What such collators add to a batch beside what tells the sequences apart.
+# What such collators add to a batch beside what tells the sequences apart; and all that they add.
 _REST = {"cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+FLATTENED = {"position_ids", "cu_seq_lens_q"} | _REST
 
 
 def as_rows(

@@ -11,6 +11,7 @@ from ..files import peft
 from ..files.checkpoint import trained_only
 from ..models import unwrapped
 from ..models.info import is_a
+from ..modes.flattened import FLATTENED
 from .loss import has_causal_loss
 from .soft_prompt import LaidOut, SoftPrompt
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptedModel"]
 
-# What padding-free collators give beside the ids, with which `SoftPrompt` tells the texts apart.
-_FLATTENED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _CACHES = {"past_key_values", "cache"}
 _COLUMNS = ("start_positions", "end_positions")  # of the text, which the prompt moves
 _NO_MATTER = ("use_cache", "return_dict")  # where the loss alone is asked for
@@ -89,7 +88,7 @@ class PromptedModel(nn.Module):
             num_items_in_batch: as `SoftPrompt.loss` takes it.
             kwargs: what padding-free collators give (`position_ids`, `cu_seq_lens_q`, ...), and arguments of the model.
         """
-        flattened = {name: kwargs.pop(name) for name in _FLATTENED if kwargs.get(name) is not None}
+        flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
         given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, self._mode_for(kwargs))
         nothing_else = all(value is None or name in _NO_MATTER for name, value in kwargs.items())
         if labels is not None and self.training and has_causal_loss(self.model) and nothing_else:
@@ -122,7 +121,7 @@ class PromptedModel(nn.Module):
                 "a loss over routers' choices would count other rows than the texts': set router_aux_loss_coef=0 where "
                 "you train, or train with transformers' Trainer"
             )
-        flattened = {name: kwargs.pop(name) for name in _FLATTENED if kwargs.get(name) is not None}
+        flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
         types, index = kwargs.pop("token_type_ids", None), kwargs.pop("prompt_index", None)
         laid_out = self.prompt.laid_out(input_ids, attention_mask, types, None, index, self.mode, **flattened)
         return self._called(inner.base_model, laid_out, bool(flattened), kwargs)

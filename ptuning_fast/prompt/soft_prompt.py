@@ -3,20 +3,17 @@
 import copy
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..files import card, hub, peft
-from ..files.base_model import check_base, load_head
 from ..models import describe, unwrapped
 from ..models.info import ModelInfo
 from ..modes import Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
-from ..serving import merged
+from ..serving.saving import Saving
 from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
 from .head import has_chunks, in_chunks, is_large
@@ -34,7 +31,7 @@ class LaidOut(NamedTuple):
     inputs: dict[str, Any]
 
 
-class SoftPrompt(nn.Module):
+class SoftPrompt(Saving):
     """Trainable virtual tokens before a model's input; the model's weights are not touched, and it is no submodule.
 
         prompt = SoftPrompt(model, length=20)
@@ -339,121 +336,6 @@ class SoftPrompt(nn.Module):
             if mode.obstacle(self.model, prompt) is None:
                 return mode
         return self._mode("prepend")
-
-    def _final(self) -> Tensor:
-        """The prompt as it is kept: [m, d] or [K, m, d], without the encoder's dropout."""
-        with torch.no_grad():
-            return (
-                self.prompt_embeddings if self.encoder is None else self.encoder.without_dropout(self.prompt_embeddings)
-            )
-
-    @torch.no_grad()
-    def embeddings_for(self, text_ids: Tensor | list[int], prompt_index: int | None = None) -> Tensor:
-        """The prompt and one text as a runtime takes them that reads embeddings: vLLM's `{"prompt_embeds": ...}`.
-
-        Args:
-            text_ids: [n] token ids, as the model's tokenizer gives them.
-            prompt_index: which of `num_prompts`.
-
-        Returns:
-            [m + n, d] on the CPU, in the dtype of the model's embeddings, scaled as the model scales them.
-
-        Raises:
-            ValueError: ids of more than one text; a `prompt_index` missing, or with one prompt.
-        """
-        table = self.model.get_input_embeddings()
-        ids = torch.as_tensor(text_ids, dtype=torch.int64, device=self.prompt_embeddings.device)
-        if ids.dim() != 1:
-            raise ValueError(f"text_ids must be those of one text, [n]; they are {list(ids.shape)}")
-        if (prompt_index is None) != (self.num_prompts is None):
-            raise ValueError(f"prompt_index is {prompt_index}, and num_prompts {self.num_prompts}")
-        rows, text = self._final(), table(ids)
-        return torch.cat([(rows if prompt_index is None else rows[prompt_index]).to(text), text]).cpu()
-
-    def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None) -> None:
-        """Write the prompt, and a classifier's head with it, as an adapter that `peft.PeftModel.from_pretrained` loads.
-
-        What PEFT does not know of (an encoder, a bank) is in the same file, so that training can go on from here. A
-        README.md, the hub's model card, says what it is and how to load it, with `figures` as a table.
-        """
-        rows = self._final()
-        config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
-        settings = {"num_prompts": self.num_prompts, "encoder": None if self.encoder is None else self.encoder.settings}
-        head = peft.head_of(self.model, config["task_type"])
-        peft.save(folder, peft.Saved(self.state_dict(), head, config, settings), rows)
-        card.write_adapter(folder, unwrapped(self.model), config, settings, figures)
-
-    def save_pretrained_merged(
-        self, folder: str | Path, tokenizer: Any, *, names: list[str] | None = None, post_processor: bool = True
-    ) -> dict[str, str]:
-        """Write model and tokenizer with the prompt in their vocabulary: an ordinary checkpoint, for any runtime.
-
-        `AutoModelForCausalLM` and `AutoTokenizer` load it, `pipeline` serves it. The tokenizer puts the virtual tokens
-        before each text and each chat by itself, and what the model is then given is what this prompt gives it. They
-        are never generated. Neither `model` nor `tokenizer` is changed; a tied head is written as one of its own.
-
-        Args:
-            tokenizer: the model's, a fast one.
-            names: what the tokens are called, `<|name_0|>`, ...: `["prompt"]`, or one for each prompt of a bank,
-                `["prompt_0", ...]`. A bank's have a tokenizer each, in folders of these names.
-            post_processor: without, `tokenizer(text)` gives what it gave (as converters to GGUF want it), and the
-                prompt is put before a text as a string; chat templates have it all the same.
-
-        Returns:
-            For each name, that string: the virtual tokens, and what the tokenizer itself puts before a text (BOS). It
-            is for tokenizing with `add_special_tokens=False`.
-
-        Raises:
-            TypeError: a model whose vocabulary cannot hold the prompt (an encoder-decoder, quantized, sharded, with an
-                adapter of PEFT's), or a slow tokenizer, with what to do instead.
-            ValueError: another model's tokenizer; names that are taken.
-        """
-        return merged.save(folder, self.model, tokenizer, self._final(), names, post_processor)
-
-    def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
-        """Upload what `save_pretrained` writes to a repository on the hub, which is made if it is not there.
-
-        Args:
-            options: `private`, `token`, `revision`, `commit_message`, `create_pr`.
-
-        Returns:
-            The commit's address.
-        """
-        return hub.push(repo_id, lambda folder: self.save_pretrained(folder, figures=figures), **options)
-
-    @classmethod
-    def from_pretrained(cls, model: Any, folder: str | Path, *, any_base: bool = False) -> "SoftPrompt":
-        """The prompt that `save_pretrained` wrote, or PEFT's (PROMPT_TUNING, P_TUNING), ready to be used or trained on.
-
-        A head that was saved with it is loaded into `model`.
-
-        Args:
-            folder: a folder, or a repository on the hub ("user/name").
-            any_base: take an adapter that was trained on a model of another name.
-
-        Raises:
-            FileNotFoundError: no adapter in `folder`.
-            ValueError: an adapter of another kind, or for another model.
-        """
-        folder = hub.local(folder)
-        saved = peft.load(folder)
-        check_base(model, saved, folder, any_base)
-        tensors, head, _, settings = saved
-        options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
-        kind = (settings.get("encoder") or {}).get("kind")
-        start = torch.zeros(tensors["prompt_embeddings"].shape[-2:])
-        rng = torch.random.get_rng_state()
-        prompt = cls(model, len(start), init=start, num_prompts=settings.get("num_prompts"), encoder=kind, **options)
-        torch.random.set_rng_state(rng)
-        for name, parameter in prompt.named_parameters():
-            if name in tensors:
-                parameter.data = parameter.data.to(tensors[name].dtype)
-        try:
-            prompt.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
-        load_head(model, head, folder)
-        return prompt
 
     def extra_repr(self) -> str:
         prompts = "" if self.num_prompts is None else f", num_prompts={self.num_prompts}"

@@ -1,1 +1,1 @@
-"""A trained prompt as part of an ordinary checkpoint, for runtimes that know nothing of prompts."""
+"""A trained prompt on its way out: adapters, and checkpoints for runtimes that know nothing of prompts."""

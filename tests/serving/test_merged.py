@@ -254,11 +254,14 @@ def test_other_architectures(tmp_path, kind):
     class_name = sweep.model_types()[kind]
     try:
         model = sweep.build(kind, class_name, "eager").eval()
-        prompt, V = prompt_for(model), model.get_input_embeddings().num_embeddings
-    except Exception as error:
+    except Exception as error:  # whatever a class makes of a small config; the sweep's table lists these
         pytest.skip(f"not built at this size: {error}"[:100])
     try:
-        saved, state = merged._with_rows(merged._mergeable(model), prompt._final(), list(range(V, V + zoo.M)))
+        prompt, V = prompt_for(model), model.get_input_embeddings().num_embeddings
+    except TypeError as error:
+        pytest.skip(f"SoftPrompt does not serve it: {error}"[:100])
+    try:
+        saved, state = merged._with_rows(merged._mergeable(model), prompt.final_prompt(), list(range(V, V + zoo.M)))
     except TypeError as error:
         assert kind != "zamba" and "SoftPrompt" in str(error)
         return
