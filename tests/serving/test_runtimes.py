@@ -1,7 +1,11 @@
 """A merged checkpoint in other runtimes: the tokens that SoftPrompt generates."""
 
 import json
+import os
+import subprocess
+import sys
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,17 +35,11 @@ def tokens_of(prompt, ids):
     return out[0].tolist()
 
 
-def test_llama_cpp(tmp_path, prompt):
-    """As GGUF, with the prompt as a string before a text, and in the chat template."""
-    pytest.importorskip("gguf", reason="GGUF files need the package gguf")
+def served(path):
+    """llama.cpp's server on a GGUF, with keys and values in fp32: how to ask it for something."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp comes with the package xllamacpp")
-    from to_gguf import convert
-
-    tokenizer = byte_level()
-    strings = prompt.save_pretrained_merged(tmp_path, tokenizer, post_processor=False)
-    convert(tmp_path, tmp_path / "model.gguf", add_bos=False)
     params = xllamacpp.CommonParams()
-    params.model.path = str(tmp_path / "model.gguf")
+    params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = 128, 1, False, True
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # not in half precision, as it comes
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -54,20 +52,61 @@ def test_llama_cpp(tmp_path, prompt):
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
-    greedy = {"n_predict": NEW, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    return post
+
+
+GREEDY = {"n_predict": NEW, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+
+
+def test_llama_cpp(tmp_path, prompt):
+    """As GGUF, with the prompt as a string before a text, and in the chat template."""
+    pytest.importorskip("gguf", reason="GGUF files need the package gguf")
+    from to_gguf import convert
+
+    tokenizer = byte_level()
+    strings = prompt.save_pretrained_merged(tmp_path, tokenizer, post_processor=False)
+    convert(tmp_path, tmp_path / "model.gguf", add_bos=False)
+    post = served(tmp_path / "model.gguf")
     for text in TEXTS:
-        found = post("/completion", prompt=strings["prompt"] + text, **greedy)
+        found = post("/completion", prompt=strings["prompt"] + text, **GREEDY)
         ids = tokenizer(text)["input_ids"]
         assert found["tokens_evaluated"] == zoo.M + len(ids)
         assert found["tokens"] == tokens_of(prompt, ids)
 
     messages = [{"role": "user", "content": TEXTS[1]}]
     rendered = post("/apply-template", messages=messages)["prompt"]
-    found = post("/completion", prompt=rendered, **greedy)
+    found = post("/completion", prompt=rendered, **GREEDY)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert found["tokens"] == tokens_of(prompt, ids)
     found = post("/v1/chat/completions", messages=messages, max_tokens=1, temperature=0)
     assert found["usage"]["prompt_tokens"] == zoo.M + len(ids)
+
+
+@pytest.mark.parametrize("name, architecture", [("gpt-2", "GPT-2"), ("llama-bpe", "Llama"), ("qwen2", "Qwen2")])
+def test_convert_hf_to_gguf(tmp_path, name, architecture):
+    """llama.cpp's own converter, and the vocabularies of real models that come with it."""
+    llama_cpp = os.environ.get("LLAMA_CPP")
+    if llama_cpp is None:
+        pytest.skip("convert_hf_to_gguf.py comes with llama.cpp's sources: LLAMA_CPP says where they are")
+    llama_cpp = Path(llama_cpp)
+    tokenizer = AutoTokenizer.from_pretrained(llama_cpp / "models", gguf_file=f"ggml-vocab-{name}.gguf")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"n_positions": 128, "n_ctx": 128} if name == "gpt-2" else {"max_position_embeddings": 128}
+    model = zoo.build(architecture, vocab_size=len(tokenizer), **ends, **sizes)
+    torch.manual_seed(2)
+    prompt = SoftPrompt(model, zoo.M, init=torch.randn(zoo.M, zoo.D))
+    strings = prompt.save_pretrained_merged(tmp_path, tokenizer, post_processor=False)
+    command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", tmp_path, "--outfile", tmp_path / "model.gguf"]
+    paths = os.pathsep.join([str(llama_cpp / "gguf-py"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([*command, "--outtype", "f32"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    post = served(tmp_path / "model.gguf")
+    for text in [*TEXTS, " and a space", "33 things"]:
+        found = post("/completion", prompt=strings["prompt"] + text, **GREEDY)
+        assert found["tokens_evaluated"] == zoo.M + len(tokenizer(text)["input_ids"])
+        assert found["tokens"] == tokens_of(prompt, tokenizer(text)["input_ids"])
 
 
 def test_onnx(tmp_path, prompt):

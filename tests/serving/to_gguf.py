@@ -1,4 +1,4 @@
-"""A merged folder of a small Llama as GGUF, as llama.cpp's convert_hf_to_gguf.py writes it (which no package has)."""
+"""A merged folder of a small Llama as GGUF, as llama.cpp's convert_hf_to_gguf.py writes it (which no wheel brings)."""
 
 import json
 from pathlib import Path
