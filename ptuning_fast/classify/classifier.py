@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import adapter
+from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
 from ..models import describe, prepend
-from ..models.families import family_of
-from ..models.probe import is_causal, quietly
+from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
 from ..op import Batch, Embedded, Layout, Prompt
 from ..prompt.initial import initial_prompt
@@ -131,7 +130,7 @@ class FastPTuning(nn.Module):
             )
         prune = self._served.packed if prune is None else prune
         self.prune = bool(prune) and pooling != "mean" and prunable(self.bert)
-        self.additive_mask = additive_mask and not self._served.packed and _takes_additive_mask(self.bert)
+        self.additive_mask = additive_mask and not self._served.packed and takes_additive_mask(self.bert)
         self.precision = precision
         self.bert.requires_grad_(False)
         if precision is not None:
@@ -254,29 +253,36 @@ class FastPTuning(nn.Module):
         """The encoder's own."""
         self.bert.gradient_checkpointing_disable()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None) -> None:
         """Write what is trained, and nothing of the encoder, into `folder`.
 
         `adapter_model.safetensors` holds the tensors and, in its header, the settings, so that the old adapter is
-        replaced by the new one in a single step; `adapter_config.json` repeats the settings for people to read.
+        replaced by the new one in a single step; `adapter_config.json` repeats the settings for people to read. A
+        README.md, the hub's model card, says what it is and how to load it, with `figures` as a table.
         """
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
         adapter.save(folder, tensors, settings)
+        card.write_classifier(folder, settings, figures)
+
+    def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to the hub, as `SoftPrompt.push_to_hub` does."""
+        return hub.push(repo_id, lambda folder: self.save_pretrained(folder, figures=figures), **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model_name: str | Path | nn.Module | None = None) -> "FastPTuning":
         """The module that `save_pretrained` wrote, on its encoder, in eval mode.
 
         Args:
-            folder: where the adapter is.
+            folder: where the adapter is: a folder, or a repository on the hub ("user/name").
             model_name: the encoder, where it is not to be had under the name that the adapter was trained with.
 
         Raises:
             FileNotFoundError: no adapter in `folder`.
             ValueError: the file is no adapter of this class, or the encoder has another embedding width.
         """
+        folder = hub.local(folder)
         tensors, settings = classifier_files.load(folder)
         name, most = settings["base_model_name_or_path"], settings.get("max_length")
         if not name and model_name is None:
@@ -312,29 +318,6 @@ class FastPTuning(nn.Module):
             f"prompt_length={self.prompt_length}, pooling={self.pooling!r}, mode={self.mode!r}, "
             f"prune={self.prune}, additive_mask={self.additive_mask}, precision={self.precision!r}"
         )
-
-
-def _takes_additive_mask(model: Any) -> bool:
-    """Whether `model` may be given its padding mask as its attention adds it to its scores, [B, 1, 1, S].
-
-    Of a mask [B, S] an encoder asks at every step whether there is any padding, for which the host waits, and builds
-    [B, 1, S, S] from it where there is; every layer then turns that into numbers again. None of this is left. For full
-    attention in every layer: a causal model or one with sliding windows would take such a mask, too, and be silently
-    wrong. An architecture of which that is known is probed with three tokens.
-    """
-    family = family_of(model)
-    if family is None or not family.full_attention or getattr(model.config, "is_decoder", False):
-        return False
-    if model.base_model is not model or model.config._attn_implementation not in ("sdpa", "eager"):
-        return False
-    with quietly(model):
-        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=model.get_input_embeddings().weight.device)
-        mask = torch.tensor([[1, 1, 1], [1, 1, 0]], device=ids.device)
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        added = torch.where(mask == 0, torch.finfo(hidden.dtype).min, 0.0).to(hidden.dtype)[:, None, None]
-        same = model(input_ids=ids, attention_mask=added).last_hidden_state
-    real = mask != 0
-    return torch.allclose(same[real], hidden[real], rtol=1e-3, atol=1e-3)
 
 
 def _base_model(name: Any) -> str:

@@ -32,7 +32,7 @@ from ..prompt.soft_prompt import SoftPrompt
 from .docstrings import stdlib_docstrings
 from .tables import InputError, read_labelled, read_pairs
 
-__all__ = ["ADAPTERS", "DEMO", "TASKS", "Pairs", "Row"]
+__all__ = ["ADAPTERS", "DEMO", "TASKS", "Pairs", "Row", "spelled"]
 
 Pairs = tuple[list[str], list[str]]  # texts and their labels; prompts and their completions
 Row = dict[str, Any]  # a tokenised text, as the collator takes it
@@ -51,6 +51,10 @@ def load(kind: Any, name: str, **options: Any) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer of {name!r} has no padding token, which batches of texts need")
     return model, tokenizer
+
+
+def spelled(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
 class Classify:
@@ -133,8 +137,8 @@ class Classify:
         majority, count = Counter(row["labels"] for row in held_out).most_common(1)[0]
         return f"majority-class baseline ({self.names[majority]!r}) {count / len(held_out):.3f}"
 
-    def measured(self, trainer: Any) -> str:
-        return f"accuracy {trainer.evaluate()['eval_accuracy']:.3f}"
+    def measured(self, trainer: Any) -> dict[str, float]:
+        return {"accuracy": trainer.evaluate()["eval_accuracy"]}
 
     @staticmethod
     def from_adapter(options: Namespace, name: str) -> tuple[Any, Any]:
@@ -221,11 +225,11 @@ class Language:
         return rows
 
     def baseline(self, trainer: Any, held_out: list[Row]) -> str:
-        return f"with the prompt as it began {self.measured(trainer)}"
+        return f"with the prompt as it began {spelled(self.measured(trainer))}"
 
-    def measured(self, trainer: Any) -> str:
+    def measured(self, trainer: Any) -> dict[str, float]:
         loss = trainer.held_out_loss()
-        return f"loss {loss:.4f} a token (perplexity {math.exp(min(loss, 700)):.4g})"
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
     @staticmethod
     def from_adapter(options: Namespace, name: str) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from ..classify.precision import DTYPES
 from ..classify.reference import ReferencePTuning
 from ..files import adapter
 from .tables import InputError
-from .tasks import DEMO, TASKS, Row
+from .tasks import DEMO, TASKS, Row, spelled
 
 __all__ = ["run"]
 
@@ -103,7 +103,10 @@ def _train(options: Namespace, state: Any) -> None:
     end = f" at first and {losses[-1]:.4f} in the end" if len(losses) > 1 else " at first"
     say(f"{trainer.state.global_step} steps, loss {losses[0]:.4f}{end}")
     say(f"adapter saved in {options.output}")
-    say(f"held-out {task.measured(trainer)}; {baseline}")
+    figures = task.measured(trainer)
+    if state.is_main_process:  # once more, with what is known now in its card
+        model.save_pretrained(options.output, figures={f"held-out {name}": value for name, value in figures.items()})
+    say(f"held-out {spelled(figures)}; {baseline}")
     demo = not options.train_file and not options.model
     if state.num_processes == 1 and (demo if options.compare is None else options.compare):
         _compare_speed(model, trainer)

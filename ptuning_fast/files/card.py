@@ -11,13 +11,13 @@ from typing import Any
 from .. import __version__
 from . import adapter
 
-__all__ = ["write", "write_adapter", "write_merged"]
+__all__ = ["write_adapter", "write_classifier", "write_merged"]
 
 _OURS = re.compile(r"<!-- ptuning-fast -->\n.*?<!-- end of ptuning-fast -->\n", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
-def write(
+def _write(
     folder: str | Path, kind: str, base_model: str, facts: dict[str, Any], code: str, figures: dict[str, Any] | None
 ) -> None:
     """Write the card of what is in `folder`.
@@ -73,7 +73,29 @@ output = model(**prompt(input_ids, attention_mask))
 """
     if settings["num_prompts"] is None:
         code += '\n# or: peft.PeftModel.from_pretrained(model, "path/to/this/folder")\n'
-    write(folder, "A soft prompt", base, facts, code, figures)
+    _write(folder, "A soft prompt", base, facts, code, figures)
+
+
+def write_classifier(folder: str | Path, settings: dict[str, Any], figures: dict[str, Any] | None) -> None:
+    """The card of a FastPTuning adapter, from the settings that are saved with it."""
+    base, length = settings["base_model_name_or_path"] or "", settings["max_length"]
+    facts = {
+        "classes": ", ".join(map(str, (settings["id2label"] or {}).values())) or settings["num_labels"],
+        "virtual tokens": settings["prompt_length"],
+        "pooling": settings["pooling"],
+        "tokens of a text, at most": length,
+        "made with": f"ptuning-fast {__version__}",
+    }
+    encoder = "" if base else ", model_name=encoder"
+    code = f"""
+from transformers import AutoTokenizer
+from ptuning_fast import FastPTuning
+
+model = FastPTuning.from_pretrained("path/to/this/folder"{encoder})  # or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(model.bert.name_or_path)
+logits = model(**tokenizer(["a text"], truncation=True, max_length={length}, return_tensors="pt"))
+"""
+    _write(folder, "A text classifier: a soft prompt and a head", base, facts, code, figures)
 
 
 def write_merged(folder: Path, model: Any, strings: dict[str, str], length: int, bank: bool) -> None:
@@ -90,7 +112,7 @@ output = model(**tokenizer("a text", return_tensors="pt"))
     facts = {"virtual tokens": length, "prompts": ", ".join(strings), "made with": f"ptuning-fast {__version__}"}
     facts |= {f"`{name}` as a string": f"`{string}`" for name, string in strings.items()}
     base = str(getattr(model.config, "_name_or_path", "") or "")
-    write(folder, "A model with a soft prompt in its vocabulary", base, facts, code, None)
+    _write(folder, "A model with a soft prompt in its vocabulary", base, facts, code, None)
 
 
 def _header(base_model: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..op import Batch, Prompt
+from .families import family_of
 
 __all__ = [
     "Outcome",
@@ -22,6 +23,7 @@ __all__ = [
     "padded",
     "probe",
     "quietly",
+    "takes_additive_mask",
     "tolerance",
 ]
 
@@ -199,3 +201,26 @@ def _of_row(out: Any, row: int, place: slice, columns: int, of_columns: bool) ->
             elif not of_columns:
                 found[name] = value
     return found
+
+
+def takes_additive_mask(model: Any) -> bool:
+    """Whether `model` may be given its padding mask as its attention adds it to its scores, [B, 1, 1, S].
+
+    Of a mask [B, S] an encoder asks at every step whether there is any padding, for which the host waits, and builds
+    [B, 1, S, S] from it where there is; every layer then turns that into numbers again. None of this is left. For full
+    attention in every layer: a causal model or one with sliding windows would take such a mask, too, and be silently
+    wrong. An architecture of which that is known is probed with three tokens.
+    """
+    family = family_of(model)
+    if family is None or not family.full_attention or getattr(model.config, "is_decoder", False):
+        return False
+    if model.base_model is not model or model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    with quietly(model):
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=model.get_input_embeddings().weight.device)
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0]], device=ids.device)
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        added = torch.where(mask == 0, torch.finfo(hidden.dtype).min, 0.0).to(hidden.dtype)[:, None, None]
+        same = model(input_ids=ids, attention_mask=added).last_hidden_state
+    real = mask != 0
+    return torch.allclose(same[real], hidden[real], rtol=1e-3, atol=1e-3)

@@ -202,7 +202,7 @@ class PromptedModel(nn.Module):
         out.sequences = sequences
         return out
 
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """What `SoftPrompt.save_pretrained` writes; of other arguments `is_main_process` alone is heeded."""
         if not kwargs.get("is_main_process", True):
             return
@@ -213,7 +213,11 @@ class PromptedModel(nn.Module):
                 f"{rest[0]} is trained, too, and is not written with the prompt: model.save_pretrained keeps it",
                 stacklevel=2,
             )
-        self.prompt.save_pretrained(folder)
+        self.prompt.save_pretrained(folder, figures=figures)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """What `SoftPrompt.push_to_hub` does: of the prompt, not of the model."""
+        return self.prompt.push_to_hub(repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path, *, mode: str = "auto") -> "PromptedModel":

@@ -8,7 +8,7 @@ from savings import FULL, assert_same, base, build, logits_and_gradients, seen_i
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptuning_fast.classify.classifier import _takes_additive_mask as takes_additive_mask
+from ptuning_fast.models.probe import takes_additive_mask
 
 pytestmark = pytest.mark.usefixtures("torch_backend", "no_dropout")
 

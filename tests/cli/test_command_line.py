@@ -67,9 +67,11 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     assert "48 texts to train on, 12 held out, 2 labels; 0 texts cut to 128 tokens" in out
     assert "warning: 12 held-out texts tell little" in out
     assert "held-out accuracy" in printed and "0.500" in printed
+    assert "| held-out accuracy | " in (folder / "README.md").read_text()
     assert "the torch.cat reference" not in printed
     assert re.search(r"18/18 \[.*loss=0\.\d", err), "the bar has the loss"
-    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = sorted(file.name for file in folder.iterdir())
+    assert written == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     accuracy = float(printed.split("held-out accuracy ")[1].split(";")[0])
     assert accuracy > 0.5, "it has learned nothing"
 

@@ -79,7 +79,7 @@ def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "48 texts to train on, 12 held out; 0 texts cut to 512 tokens" in out
     assert "256 trained parameters before a frozen LlamaForCausalLM" in out and "loss=" in err
-    after, before = map(float, re.search(r"held-out loss ([\d.]+) .* as it began loss ([\d.]+) ", out).groups())
+    after, before = map(float, re.search(r"held-out loss ([\d.]+), .* as it began loss ([\d.]+),", out).groups())
     assert after < before - 0.3
 
     model = AutoModelForCausalLM.from_pretrained(language_model).eval()

