@@ -4,12 +4,12 @@ Nothing is changed in the module itself, so other threads, hooks and a later rec
 what they are called with. A copy costs some microseconds for each module on the way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Called", "on_the_way", "with_module"]
+__all__ = ["Called", "is_plain", "on_the_way", "with_module"]
 
 
 class Called(nn.Module):
@@ -45,6 +45,14 @@ def on_the_way(module: nn.Module, path: Sequence[str]) -> list[nn.Module]:
         name, path = _step(found[-1], path)
         found.append(vars(found[-1])["_modules"][name])
     return found
+
+
+def is_plain(modules: Iterable[nn.Module]) -> bool:
+    """Whether none of them is hooked or compiled, or has had its forward replaced, as by FSDP or offloading."""
+    return not any("forward" in vars(one) or any(vars(one).get(name) for name in _AROUND) for one in modules)
+
+
+_AROUND = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
 
 
 def _step(module: nn.Module, path: Sequence[str]) -> tuple[str, Sequence[str]]:

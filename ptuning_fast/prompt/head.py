@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import ordinary_tokens, quietly
-from ..models.replaced import Called, on_the_way, with_module
+from ..models.replaced import Called, is_plain, on_the_way, with_module
 from .loss import is_of_tokens
 
 __all__ = ["has_chunks", "in_chunks", "is_large"]
@@ -45,9 +45,7 @@ def in_chunks(model: Any, inputs: dict[str, Any], most: int | None = None) -> Te
     base, outputs = unwrapped(model).get_decoder(), []
     path = next(name for name, module in model.named_modules() if module is base).split(".")
 
-    if any(
-        "forward" in vars(one) or any(vars(one).get(name) for name in _AROUND) for one in on_the_way(model, path)[:-1]
-    ):
+    if not is_plain(on_the_way(model, path)[:-1]):
         return None
 
     def without_rows(*args: Any, **kwargs: Any) -> Any:
@@ -120,6 +118,3 @@ class _Chunked(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient that is differentiated itself: all rows at once
             return torch.autograd.grad(ctx.summed(rows, targets), rows, grad, create_graph=True)[0], None, None, None
         return (torch.cat(gradients) * grad[None]).to(rows.dtype), None, None, None
-
-
-_AROUND = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")

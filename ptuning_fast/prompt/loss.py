@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.info import ModelInfo, unwrapped
+from ..models.last_rows import LastRows
 from ..models.probe import ordinary_tokens, quietly
 
-__all__ = ["goes_by_items", "has_causal_loss", "is_of_tokens", "keeps_labelled_rows", "on_labelled_rows"]
+__all__ = ["goes_by_items", "has_causal_loss", "is_of_tokens", "keeps_labelled_rows", "last_rows", "on_labelled_rows"]
 
 
 def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +45,12 @@ def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
         except Exception:  # whatever a loss makes of arguments that it does not know
             return False
     return torch.allclose(whole, kept, rtol=1e-4 if inner.dtype == torch.float32 else 2e-3)
+
+
+def last_rows(model: Any, info: ModelInfo) -> LastRows:
+    """What of the last layer can be left to the rows that predict a label, found out with a short text."""
+    ids, labels = _short_text(unwrapped(model))
+    return LastRows(model, on_labelled_rows({"input_ids": ids, "labels": labels}))
 
 
 def has_causal_loss(model: Any) -> bool:

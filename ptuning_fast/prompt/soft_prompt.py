@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
 from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
-from .loss import goes_by_items, has_causal_loss, is_of_tokens, keeps_labelled_rows, on_labelled_rows
+from .loss import goes_by_items, has_causal_loss, is_of_tokens, keeps_labelled_rows, last_rows, on_labelled_rows
 
 __all__ = ["SoftPrompt"]
+
+Found = TypeVar("Found")
 
 
 class LaidOut(NamedTuple):
@@ -76,7 +78,7 @@ class SoftPrompt(Saving):
         self._info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
-        self._loss_found: dict[str, tuple[Any, bool]] = {}  # of its loss: with which function, and what
+        self._loss_found: dict[str, tuple[Any, Any]] = {}  # of its loss: with which function, and what
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -233,7 +235,10 @@ class SoftPrompt(Saving):
                     return loss
             if self._of_loss(keeps_labelled_rows):
                 inputs = on_labelled_rows(inputs)
-        return self.model(**inputs).loss
+        model = self.model
+        if "logits_to_keep" in inputs:
+            model = self._of_loss(last_rows).of(model, inputs["logits_to_keep"], inputs["inputs_embeds"].shape[1])
+        return model(**inputs).loss
 
     def items(self, num_items_in_batch: Tensor | int | None) -> dict[str, Any]:
         """That as an argument of the model, where given; ValueError for a model whose loss does not go by it."""
@@ -261,14 +266,14 @@ class SoftPrompt(Saving):
         """Whether the model's loss is divided by `num_items_in_batch`: those of classifiers, for one, are not."""
         return self._of_loss(goes_by_items)
 
-    def _of_loss(self, check: Callable[[Any, ModelInfo], bool]) -> bool:
+    def _of_loss(self, check: Callable[[Any, ModelInfo], Found]) -> Found:
         """What `check` finds out of the model, once for each loss function and head that it is given."""
         model = unwrapped(self.model)
         parts = getattr(model, "loss_function", None), model.get_output_embeddings()
         found = self._loss_found.get(check.__name__)
         if found is None or any(one is not other for one, other in zip(found[0], parts)):
             found = self._loss_found[check.__name__] = parts, check(self.model, self._info)
-        return found[1]
+        return found[1]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(
@@ -345,8 +350,9 @@ class SoftPrompt(Saving):
         # A prompt for the same model; copied as part of something else, which may hold both, for the model's copy.
         model = copy.deepcopy(self.model, memo) if memo else self.model
         copied = memo[id(self)] = type(self).__new__(type(self))
-        rest = {key: value for key, value in self.__dict__.items() if key not in ("model", "_cached")}
-        copied.__dict__.update(copy.deepcopy(rest, memo), _cached=None, model=model)
+        found: dict[str, Any] = {"_cached": None, "_loss_found": {}}  # of the model: it is found again
+        rest = {key: value for key, value in self.__dict__.items() if key not in ("model", *found)}
+        copied.__dict__.update(copy.deepcopy(rest, memo), **found, model=model)
         return copied
 
 

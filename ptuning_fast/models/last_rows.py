@@ -1,0 +1,89 @@
+"""The last layer's feed-forward on some rows alone, where nobody reads what comes out of the others.
+
+    last layer   attention [B, S, d]  ──  feed-forward [B, L, d]  ──  head [B, L, V]
+
+A feed-forward, experts or not, treats each row by itself, and behind it so do the norm and the head. Which part of the
+layer does is probed, not known by its name: it is in none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .info import unwrapped
+from .probe import off_by, quietly, tolerance
+from .replaced import Called, is_plain, on_the_way, with_module
+
+__all__ = ["LastRows"]
+
+
+class LastRows:
+    """What of a model's last layer can be left to some rows.
+
+    Args:
+        model: as it is called; a wrapper of PEFT's, too.
+        inputs: a call of it that gives a loss, short, with `logits_to_keep`, the columns that are read.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Any]):
+        self.path: list[str] = []
+        self.part: nn.Module | None = None
+        inner = unwrapped(model)
+        with quietly(inner):
+            layer = _last_layer(inner.base_model)
+            parts = [] if layer is None else sorted(layer.children(), key=_size, reverse=True)
+            for part in parts[:2]:  # attention and feed-forward, whichever is larger
+                path = next(name for name, module in model.named_modules() if module is part).split(".")
+                if _goes_by_rows(model, path, inputs):
+                    self.path, self.part = path, part
+                    return
+
+    def of(self, model: Any, columns: Tensor, count: int) -> Any:
+        """`model`, or a copy that shares all it has and whose outputs are right in `columns` [L] of `count` alone."""
+        if self.part is None or 2 * len(columns) > count or getattr(model.config, "output_router_logits", False):
+            return model
+        try:
+            way = on_the_way(model, self.path)
+        except KeyError:  # the model has other layers now
+            return model
+        if way[-1] is not self.part or not is_plain([*way, *self.part.modules()]) or _drops(self.part):
+            return model
+        part = self.part
+
+        def on_columns(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            some = part(hidden[:, columns], *args, **kwargs)
+            return some.new_zeros(hidden.shape).index_copy(1, columns, some)
+
+        return with_module(model, self.path, Called(on_columns))
+
+
+def _last_layer(base: nn.Module) -> nn.Module | None:
+    stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return max(stacks, key=_size)[-1] if stacks else None
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether it draws at random, which for some rows alone would be other draws."""
+    return any(module.training and getattr(module, "p", 0) for module in part.modules())
+
+
+def _goes_by_rows(model: Any, path: list[str], inputs: dict[str, Any]) -> bool:
+    """Whether the part at `path` gives some rows alone the same, and the loss reads none of the others."""
+    columns, part, off = inputs["logits_to_keep"], on_the_way(model, path)[-1], []
+
+    def on_columns(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        whole, some = part(hidden, *args, **kwargs), part(hidden[:, columns], *args, **kwargs)
+        off.append(off_by([{"rows": some}], [{"rows": whole[:, columns]}]))
+        return torch.full_like(whole, float("nan")).index_copy(1, columns, some)
+
+    try:
+        expected = model(**inputs).loss
+        loss = with_module(model, path, Called(on_columns))(**inputs).loss
+    except Exception:  # whatever a part makes of fewer rows
+        return False
+    return bool(off) and max(off) <= tolerance(unwrapped(model)) and torch.allclose(loss, expected, rtol=2e-3)
