@@ -18,6 +18,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .arguments import Scores, Sequences
 from .by_length import groups_of
@@ -37,12 +41,11 @@ def serve_packed(model: Any) -> None:
     """
     config = model.config
     before = config._attn_implementation
-    if before.startswith(OURS) or "flash_attention" in before:
-        return
     obstacle = obstacle_of_attention(before)
     if obstacle is not None:
         raise ValueError(f"{type(model).__name__}: {obstacle}")
-    _register()
+    if before.startswith(OURS) or "flash_attention" in before:
+        return
     model.set_attn_implementation(OURS + before)
     if config._attn_implementation != OURS + before:
         raise TypeError(f"{type(model).__name__} keeps its attention implementation: take mode='prepend'")
@@ -50,8 +53,13 @@ def serve_packed(model: Any) -> None:
 
 def obstacle_of_attention(name: str) -> str | None:
     """Why packed batches are not served with the attention implementation of this name; None if they are."""
-    if name.startswith(OURS) or "flash_attention" in name or name in ("sdpa", "eager"):
+    base = name.removeprefix(OURS)
+    if "flash_attention" in base or base == "eager":
         return None
+    if base == "sdpa":
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+            return None
+        return "somebody has registered an attention function of their own as 'sdpa': take mode='prepend'"
     return (
         f"the attention implementation is {name!r}, which packed batches are not served with: take mode='prepend', or "
         "load the model with attn_implementation='sdpa'"
@@ -99,22 +107,11 @@ def _mask(base: Callable, *args: Any, local_size: int | None = None, **kwargs: A
     return base(*args, local_size=local_size, **kwargs)
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask, sdpa_mask
-
-    for base, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-        AttentionInterface.register(OURS + base, partial(_attention, base))
-        AttentionMaskInterface.register(OURS + base, partial(_mask, mask))
-
-
 def _base_attention(base: str, module: nn.Module) -> Callable:
     if base == "eager":  # each model's file has its own, and a subclass from elsewhere its parent's
         files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
         return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward
+    return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 # What models hand to every attention function and what changes nothing here.
@@ -165,3 +162,9 @@ def _attention(
     sequences = Sequences(cu_seq_lens_q, max_length, prefix_length)
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
     return varlen_attention(query, key, value, sequences, scores)[None], None
+
+
+# At import, so that a model which is unpickled in another process finds them, too.
+for _base, _mask_of in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(OURS + _base, partial(_attention, _base))
+    AttentionMaskInterface.register(OURS + _base, partial(_mask, _mask_of))

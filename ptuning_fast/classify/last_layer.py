@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attention.by_length import groups_of
 from ..models.families import Family, family_of
 from ..models.probe import quietly
-from ..models.replaced import Called, on_the_way, with_module
+from ..models.replaced import Called, is_plain, on_the_way, with_module
 
 __all__ = ["of_pooled_rows", "prunable"]
 
@@ -80,7 +80,7 @@ def _self_attention(model: Any, family: Family) -> nn.Module | None:
     if model.device.type != "cpu" or family.attention is None:
         return None
     attention = on_the_way(model, family.attention.split("."))[-1]
-    return attention if _is_understood(attention) and is_untouched(attention) else None
+    return attention if _is_understood(attention) and is_plain([attention]) else None
 
 
 def _pooled_attention(
@@ -107,7 +107,7 @@ def _pooled_attention(
 def _is_understood(attention: nn.Module) -> bool:
     """Whether `attention` is a BERT's self-attention of plain linear layers, whose weights may be read."""
     linears = [getattr(attention, name, None) for name in ("query", "key", "value")]
-    plain = all(type(one) is nn.Linear and is_untouched(one) for one in linears)
+    plain = all(type(one) is nn.Linear and is_plain([one]) for one in linears)
     return plain and hasattr(attention, "num_attention_heads")
 
 
@@ -142,8 +142,3 @@ def _attend(attention: Any, rows: Tensor, texts: list[Tensor], masks: list[Tenso
         if b_v is not None:
             out = out + torch.cat(totals) * b_v.view(H, -1)
     return out.reshape(B, -1).to(dtype)
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody has hooked into `module` or replaced its forward."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -21,13 +21,19 @@ def trained_only(module: Module) -> Module:
     """
     module.__dict__["_kept"] = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     module.register_state_dict_post_hook(_keep_trained)
+    module.register_load_state_dict_pre_hook(_note_prefix)
     module.register_load_state_dict_post_hook(_miss_trained)
     return module
 
 
 def _trained(module: nn.Module) -> set[str]:
-    kept = module.__dict__["_kept"]
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad or name in kept}
+    """Names of parameters that are trained, of those that an adapter of PEFT's adds, and of the buffers beside them."""
+    kept, named = module.__dict__["_kept"], list(module.named_parameters())
+    marks = [str(part.prefix) for part in module.modules() if hasattr(part, "peft_config") and hasattr(part, "prefix")]
+    trained = {name for name, one in named if one.requires_grad or name in kept or any(mark in name for mark in marks)}
+    parts = {name.rpartition(".")[0] for name in trained}
+    buffers = {name for name, _ in module.named_buffers() if name.rpartition(".")[0] in parts}
+    return trained | buffers
 
 
 def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
@@ -36,8 +42,14 @@ def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, lo
         del state_dict[name]
 
 
+def _note_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    module.__dict__["_prefix"] = prefix
+
+
 def _miss_trained(module: nn.Module, incompatible: Any) -> None:
-    names = {name for name, _ in module.named_parameters(remove_duplicate=False)} | dict(module.named_buffers()).keys()
-    ends = tuple("." + name for name in names - _trained(module))  # where it is a part of something else, a prefix
-    missing = [name for name in incompatible.missing_keys if not ("." + name).endswith(ends)]
-    incompatible.missing_keys[:] = missing
+    prefix = module.__dict__.pop("_prefix")
+    held = {
+        name for named in (module.named_parameters, module.named_buffers) for name, _ in named(remove_duplicate=False)
+    }
+    frozen = {prefix + name for name in held - _trained(module)}
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]

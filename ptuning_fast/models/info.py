@@ -104,7 +104,21 @@ class ModelInfo:
                 "pad on the right where you use it",
                 stacklevel=5,
             )
-        return batch if self.pooled is None else _moved_to(self.pooled, batch, mask)
+        if self.pooled is None:
+            return batch
+        input_ids, *rest = batch
+        columns = (torch.arange(mask.shape[1], device=mask.device) + _turn(self.pooled, mask)) % max(mask.shape[1], 1)
+        return Batch(
+            input_ids.gather(1, columns), *(None if value is None else value.gather(1, columns) for value in rest)
+        )
+
+    def turned_back(self, rows: Tensor, batch: Batch) -> Tensor:
+        """What came out of the tokens of `turned(batch)`, [B, n, ...], in the columns of `batch`."""
+        mask = batch.attention_mask
+        if mask is None or self.pooled is None:
+            return rows
+        columns = (torch.arange(mask.shape[1], device=mask.device) - _turn(self.pooled, mask)) % max(mask.shape[1], 1)
+        return rows.take_along_dim(columns.view(*mask.shape, *[1] * (rows.dim() - 2)), 1)
 
 
 def describe(model: nn.Module) -> ModelInfo:
@@ -181,14 +195,8 @@ def _pooled_end(model: nn.Module) -> str | None:
     return "right" if any("last_non_pad_token" in code.co_varnames for code in codes) else "left"
 
 
-def _moved_to(end: str, batch: Batch, attention_mask: Tensor) -> Batch:
-    """Each row's padding turned away from `end`: its outermost token stands there."""
-    mask = attention_mask != 0
-    n = mask.shape[1]
-    if n == 0:
-        return batch
-    outer = mask if end == "left" else mask.flip(1)
-    padding = outer.cumsum(1).eq(0).sum(1, keepdim=True)  # columns of it at that end
-    columns = (torch.arange(n, device=mask.device) + (padding if end == "left" else -padding)) % n
-    input_ids, *rest = batch
-    return Batch(input_ids.gather(1, columns), *(None if value is None else value.gather(1, columns) for value in rest))
+def _turn(end: str, attention_mask: Tensor) -> Tensor:
+    """[B, 1], by how many columns each row is turned for its outermost token to stand at that end."""
+    there = attention_mask != 0
+    padding = (there if end == "left" else there.flip(1)).cumsum(1).eq(0).sum(1, keepdim=True)
+    return padding if end == "left" else -padding

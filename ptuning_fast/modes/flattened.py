@@ -51,6 +51,12 @@ def as_rows(
             )
         begins = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero()[:, 0] + 1
         counted = [0, *begins.tolist(), T]
+        firsts = position_ids[0, counted[:-1]].tolist() if T else []
+        if any(firsts):
+            raise ValueError(
+                f"position_ids of a batch without padding start at 0 in each sequence; they start at {firsts}: give "
+                "cu_seq_lens_q instead, or of a padded batch the attention_mask alone"
+            )
         if ends is not None and sorted({0, *ends}) != sorted({*counted}):
             raise ValueError(
                 f"position_ids start again at {counted[1:-1]}, and cu_seq_lens_q says {ends}: give one of them, "

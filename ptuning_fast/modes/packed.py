@@ -124,6 +124,8 @@ def _check(model: Any) -> None:
         )
     if config.get_text_config() is not config:
         raise TypeError(f"{name} is more than a text model, which packed batches are for: take mode='prepend'")
+    if getattr(config, "add_cross_attention", False):
+        raise TypeError(f"{name} attends to states of each row, which packed batches do not have: take mode='prepend'")
     if counts_columns(model):
         raise TypeError(f"{name} takes no position_ids, which packed batches need: take mode='prepend'")
     kinds = set(getattr(config, "layer_types", None) or ())

@@ -37,7 +37,7 @@ class Prepend(Mode):
         return embedded.as_inputs()
 
     def of_tokens(self, rows: Tensor, inputs: dict[str, Any], batch: Batch, m: int) -> Tensor:
-        return rows[:, m:]
+        return self.info.turned_back(rows[:, m:], batch)
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
         assert batch.attention_mask is not None

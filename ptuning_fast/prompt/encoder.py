@@ -43,34 +43,17 @@ class PromptEncoder(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
         self.settings = {"kind": kind, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout}
-        self._cached: tuple[list[tuple[int, int, int]], Tensor] | None = None
 
     def forward(self, parameters: Tensor) -> Tensor:
-        """The prompt. In eval mode without gradients it is computed once, until something is trained or loaded.
-
-        (Weights that were changed through `.data` are noticed at the next call of `train()` or `eval()`.)
-        """
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(parameters.device.type):
-            return self._encode(parameters)
-        sources = (parameters, *self.parameters())
-        state = [(id(source), source.data_ptr(), source._version) for source in sources]
-        if self._cached is None or self._cached[0] != state:
-            self._cached = state, self._encode(parameters)
-        return self._cached[1]
+        """The prompt."""
+        x = parameters if self.lstm_head is None else self.lstm_head(parameters)[0]
+        return self.mlp_head(x)
 
     @torch.no_grad()
     def without_dropout(self, parameters: Tensor) -> Tensor:
         """The prompt as eval mode gives it, in whichever mode this is."""
         training = self.training
         try:
-            return self.eval()._encode(parameters)
+            return self.eval()(parameters)
         finally:
             self.train(training)
-
-    def train(self, mode: bool = True) -> "PromptEncoder":
-        self._cached = None  # weights may be changed through .data, which leaves no trace
-        return super().train(mode)
-
-    def _encode(self, parameters: Tensor) -> Tensor:
-        x = parameters if self.lstm_head is None else self.lstm_head(parameters)[0]
-        return self.mlp_head(x)

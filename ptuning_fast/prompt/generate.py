@@ -25,6 +25,7 @@ __all__ = ["CachedPrompt", "copies_of_rows"]
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 # Of generate's options those that change the cache, and those beside its config that concern decoding alone.
 _OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+_COLUMNS = ("output_hidden_states", "output_attentions")  # which have the prompt's
 _DECODING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "synced_gpus")
 
 
@@ -78,7 +79,7 @@ def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:
 
     if settings is None or not all(name in vars(settings) or name in _DECODING for name in options):
         return None
-    if any(option(name) for name in _OTHER_CACHES) or option("use_cache") is False:
+    if any(option(name) for name in (*_OTHER_CACHES, *_COLUMNS)) or option("use_cache") is False:
         return None
     if option("repetition_penalty") not in (None, 1.0) or any(module.training for module in model.modules()):
         return None

@@ -64,8 +64,10 @@ def has_causal_loss(model: Any) -> bool:
 
 def is_of_tokens(model: Any) -> bool:
     """Whether the loss is a mean over labelled tokens, as transformers' own are; of any other nothing is known."""
-    function = getattr(unwrapped(model), "loss_function", None)
-    return getattr(function, "__module__", "").startswith("transformers.loss.")
+    inner = unwrapped(model)
+    function = getattr(inner, "loss_function", None)
+    own = type(inner).forward.__module__.startswith("transformers.")  # and so it goes through loss_function
+    return own and getattr(function, "__module__", "").startswith("transformers.loss.")
 
 
 def goes_by_items(model: Any, info: ModelInfo) -> bool:

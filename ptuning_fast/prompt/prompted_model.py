@@ -1,6 +1,9 @@
 """PromptedModel: a model and its prompt as one module, with the model's own call."""
 
+import inspect
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +23,31 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptedModel"]
 
-_CACHES = {"past_key_values", "cache"}
+_CACHES = {"past_key_values", "cache", "cache_params", "state", "mems"}
 _COLUMNS = ("start_positions", "end_positions")  # of the text, which the prompt moves
 _NO_MATTER = ("use_cache", "return_dict")  # where the loss alone is asked for
 _WITHOUT_PROMPT = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+class _OfTheModel:
+    """A method that has, beside its own parameters, those of the model's forward: Trainer drops other columns."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __get__(self, instance: Any, owner: Any = None) -> Callable:
+        if instance is None:
+            return self.function
+        method: Any = partial(self.function, instance)
+        method.__signature__ = instance.__dict__["_signature"]
+        return method
+
+
+def _signature(function: Callable, model: Any) -> inspect.Signature:
+    _, *own, rest = inspect.signature(function).parameters.values()
+    names = inspect.signature(model.forward).parameters.keys() - {"self", "args", "kwargs", *(one.name for one in own)}
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in sorted(names)]
+    return inspect.Signature([one.replace(annotation=inspect.Parameter.empty) for one in [*own, *more, rest]])
 
 
 class PromptedModel(nn.Module):
@@ -66,8 +90,10 @@ class PromptedModel(nn.Module):
         self.model = model
         self.prompt = SoftPrompt(model, length, **options) if prompt is None else prompt
         self.mode = mode
+        self._signature = _signature(type(self).forward, unwrapped(model))
         trained_only(self)
 
+    @_OfTheModel
     def forward(
         self,
         input_ids: Tensor,
@@ -89,6 +115,9 @@ class PromptedModel(nn.Module):
             kwargs: what padding-free collators give (`position_ids`, `cu_seq_lens_q`, ...), and arguments of the model.
         """
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
+        self._check(input_ids, kwargs)
+        if num_items_in_batch is not None and labels is not None and attention_mask is not None:
+            _check_labels(labels, attention_mask)
         given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, self._mode_for(kwargs))
         nothing_else = all(value is None or name in _NO_MATTER for name, value in kwargs.items())
         if labels is not None and self.training and has_causal_loss(self.model) and nothing_else:
@@ -99,8 +128,32 @@ class PromptedModel(nn.Module):
         return self._called(self.model, laid_out, bool(flattened), kwargs | self.prompt.items(num_items_in_batch))
 
     def _mode_for(self, kwargs: dict[str, Any]) -> str:
-        """A loss over routers' choices counts the rows of a mask, which is there in mode "prepend" alone."""
-        return "prepend" if kwargs.get("output_router_logits") else self.mode
+        """Mode "prepend" for what is one per row, and for a loss over routers' choices, which counts a mask's."""
+        of_rows = any(torch.is_tensor(value) for name, value in kwargs.items() if name != "logits_to_keep")
+        asked = kwargs.get("output_router_logits") or kwargs.get("output_attentions")
+        return "prepend" if of_rows or asked else self.mode
+
+    def _check(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        """ValueError for arguments of the model's that go wrong behind a prompt."""
+        inner = unwrapped(self.model)
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds go past the prompt: give input_ids, or model(**prompt(...)) what you like")
+        if kwargs.get("return_dict") is False:
+            raise ValueError("return_dict=False: a PromptedModel's outputs have names")
+        for name, value in kwargs.items():
+            if name in _CACHES and value is not None:
+                raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
+            if not torch.is_tensor(value) or name.startswith("decoder_") or name in (*_COLUMNS, "logits_to_keep"):
+                continue
+            if value.shape[:2] == input_ids.shape or "position" in name or name == "cls_index":
+                raise ValueError(
+                    f"{name} is of columns that a prompt moves, and nobody knows what it is on the prompt's"
+                )
+            if any(hasattr(one, "get_rope_index") for one in (inner, inner.base_model)):
+                raise ValueError(
+                    f"{self._get_name()} finds the positions of images in the input_ids, and gets none behind a "
+                    f"prompt: leave {name} out"
+                )
 
     @property
     def base_model(self) -> Any:
@@ -122,6 +175,7 @@ class PromptedModel(nn.Module):
                 "you train, or train with transformers' Trainer"
             )
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
+        self._check(input_ids, kwargs)
         types, index = kwargs.pop("token_type_ids", None), kwargs.pop("prompt_index", None)
         laid_out = self.prompt.laid_out(input_ids, attention_mask, types, None, index, self.mode, **flattened)
         return self._called(inner.base_model, laid_out, bool(flattened), kwargs)
@@ -129,42 +183,40 @@ class PromptedModel(nn.Module):
     def _called(self, model: Any, laid_out: LaidOut, flattened: bool, kwargs: dict[str, Any]) -> "ModelOutput":
         mode, batch, inputs = laid_out
         m, columns = self.prompt.length, inputs["inputs_embeds"].shape[:2]
-        for name in _CACHES:
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
         if self.prompt.takes_cache:
             kwargs.setdefault("use_cache", False)
+        of_decoder = unwrapped(self.model).config.is_encoder_decoder
         for name in _COLUMNS:
-            if kwargs.get(name) is not None:
+            if kwargs.get(name) is not None and not of_decoder:
                 kwargs[name] = kwargs[name] + m
         kept = kwargs.pop("logits_to_keep", 0)
         out = model(**(kwargs | inputs))
-        if unwrapped(self.model).config.is_encoder_decoder:
-            return out
 
-        def of_tokens(rows: Any) -> Any:
+        def of_tokens(name: str, rows: Any) -> Any:
             if isinstance(rows, tuple):
-                return tuple(map(of_tokens, rows))
+                return tuple(of_tokens(name, one) for one in rows)
             if (
                 not torch.is_tensor(rows)
                 or rows.shape[:2] != columns
-                or (rows.dim() == 2 and not self._columns_are_out)
+                or (rows.dim() == 2 and not self._is_column(name))
             ):
                 return rows
             rows = mode.of_tokens(rows, inputs, batch, m)
             return rows[batch.attention_mask != 0][None] if flattened else rows
 
         for name in out.keys() - _CACHES:
-            if name != "attentions":
-                out[name] = of_tokens(out[name])
+            if name.startswith("encoder_") if of_decoder else "attentions" not in name:
+                out[name] = of_tokens(name, out[name])
+        if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
+            out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
         if "logits" in out and (torch.is_tensor(kept) or kept):
             out["logits"] = out.logits[:, kept if torch.is_tensor(kept) else slice(-kept, None)]
         return out
 
-    @property
-    def _columns_are_out(self) -> bool:
-        """Whether an output [B, S] has a number for each column, and not S classes."""
-        return not is_a(unwrapped(self.model), "ForSequenceClassification", "ForNextSentencePrediction")
+    def _is_column(self, name: str) -> bool:
+        """Whether an output [B, S] has a number for each column, and not S classes or features."""
+        of_text = is_a(unwrapped(self.model), "ForSequenceClassification", "ForNextSentencePrediction")
+        return name in ("start_logits", "end_logits") or (name == "logits" and not of_text)
 
     def _get_name(self) -> str:
         """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""
@@ -186,11 +238,8 @@ class PromptedModel(nn.Module):
             input_ids, attention_mask: [B, n], padded on the left.
             options: `generate`'s own.
         """
-        if options.get("max_length") is not None and not self.model.config.is_encoder_decoder:
-            most, n = options.pop("max_length"), input_ids.shape[1]
-            if most <= n:
-                raise ValueError(f"max_length is {most}, and input_ids have {n} columns already: take max_new_tokens")
-            options.setdefault("max_new_tokens", most - n)
+        if not self.model.config.is_encoder_decoder:
+            self._count_new_tokens(options, input_ids.shape[1])
         out = self.prompt.generate(input_ids, attention_mask, **options)
         if self.model.config.is_encoder_decoder:
             return out
@@ -201,6 +250,18 @@ class PromptedModel(nn.Module):
             return sequences
         out.sequences = sequences
         return out
+
+    def _count_new_tokens(self, options: dict[str, Any], n: int) -> None:
+        """`max_length` and `min_length`, which count the n columns of `input_ids`, as numbers of new tokens."""
+        settings = options.get("generation_config") or self.model.generation_config
+        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = options.pop(name, None) or getattr(settings, name, None)
+            if not length or options.get(new, getattr(settings, new, None)) is not None:
+                continue
+            if name == "max_length" and length <= n:
+                raise ValueError(f"max_length is {length}, and input_ids have {n} columns already: take max_new_tokens")
+            if length > n:
+                options[new] = length - n
 
     def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """What `SoftPrompt.save_pretrained` writes; of other arguments `is_main_process` alone is heeded."""
@@ -224,6 +285,15 @@ class PromptedModel(nn.Module):
         """The prompt in `folder`, before `model`; errors as of `SoftPrompt.from_pretrained`."""
         return cls(model, mode=mode, prompt=SoftPrompt.from_pretrained(model, folder))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is the model's (`config`, `generation_config`, `loss_function`, ...) is set on the model."""
+        model = self.__dict__.get("_modules", {}).get("model")
+        ours = model is None or name in self.__dict__ or hasattr(type(self), name) or name in self._modules
+        if ours or not hasattr(model, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(model, name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -231,3 +301,12 @@ class PromptedModel(nn.Module):
             if name == "model" or name in _WITHOUT_PROMPT:  # the former: not there yet
                 raise
             return getattr(self.model, name)
+
+
+def _check_labels(labels: Tensor, attention_mask: Tensor) -> None:
+    """ValueError for labels on padding where somebody has counted them: they are left out."""
+    if labels.shape == attention_mask.shape and bool(((labels != -100) & (attention_mask == 0)).any()):
+        raise ValueError(
+            "labels has tokens where attention_mask is 0, which no prompt is trained on, and num_items_in_batch counts "
+            "them: give -100 there, as transformers' collators do"
+        )

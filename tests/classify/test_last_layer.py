@@ -72,7 +72,7 @@ def test_dropout_of_the_pooled_row(monkeypatch, mode):
     assert_same([fast(ids, mask)], [expected(ids, mask)])
 
 
-@pytest.mark.parametrize("how", ["hook", "lora", "forward"])
+@pytest.mark.parametrize("how", ["hook", "backward hook", "lora", "forward"])
 def test_attention_that_is_more_than_its_weights(how):
     """Then its own forward is called, keys and values and all."""
     plain = build("BERT", mode="packed", prune=False)
@@ -81,6 +81,8 @@ def test_attention_that_is_more_than_its_weights(how):
     for one in value:
         if how == "hook":
             one.register_forward_hook(lambda module, args, out: out * 2)
+        elif how == "backward hook":
+            one.register_full_backward_hook(lambda module, of_input, of_output: (of_input[0] * 2,))
         elif how == "forward":
             one.forward = lambda x, one=one: F.linear(x, one.weight * 2, one.bias)
         else:
@@ -89,4 +91,8 @@ def test_attention_that_is_more_than_its_weights(how):
             )
     ids, mask = zoo.padded(zoo.texts(), "right")
     assert changed.prune
-    assert_same([changed(ids, mask)], [plain(ids, mask)])
+    results = []
+    for model in (changed, plain):
+        logits = model(ids, mask)
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), model.prompt_embeddings)))
+    assert_same(*results)

@@ -155,11 +155,14 @@ def test_embeddings_that_return_more_than_rows():
         SoftPrompt(IBertModel(IBertConfig(**sizes, intermediate_size=32)), 2)
 
 
-def test_a_flattened_batch_whose_first_text_begins_elsewhere():
-    prompt = SoftPrompt(zoo.build("Llama"), 2)
+@pytest.mark.parametrize("starts", [(3, 0), (0, 5), (2, 2)])
+def test_a_flattened_batch_whose_texts_begin_elsewhere(starts):
+    """Their positions would be others behind a prompt; one row of a padded batch looks like it."""
+    prompt = SoftPrompt(zoo.build("GPT-2"), 2)
     ids = torch.cat(zoo.texts([4, 7]))[None]
-    positions = torch.tensor([[3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6]])
-    assert prompt(ids, position_ids=positions, mode="packed")["cu_seq_lens_q"].tolist() == [0, 6, 15]
+    positions = torch.cat([torch.arange(4) + starts[0], torch.arange(7) + starts[1]])[None]
+    with pytest.raises(ValueError, match=rf"start at 0 in each sequence; they start at \[{starts[0]}, {starts[1]}\]"):
+        prompt(ids, position_ids=positions, mode="packed")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -195,6 +195,27 @@ def test_a_model_that_was_not_prepared_gives_no_result(name, attention):
     assert zoo.rows_out(copied, inputs).isnan().all()
 
 
+def test_an_attention_function_of_somebodys_own(monkeypatch):
+    """Registered as sdpa: plain calls go on with it, whether a model was packed or not, and packed ones are refused."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def twice(*args, **kwargs):
+        out, weights = sdpa_attention_forward(*args, **kwargs)
+        return out * 2, weights
+
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    model, served = zoo.build("Llama"), zoo.build("Llama")
+    SoftPrompt(served, 2)(ids, mask, mode="packed")
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", twice)
+    assert torch.equal(served(ids, mask).logits, model(ids, mask).logits)
+    for one in (model, served):
+        prompt = SoftPrompt(one, 2)
+        with pytest.raises(ValueError, match="attention function of their own as 'sdpa'"):
+            prompt(ids, mask, mode="packed")
+        assert "attention_mask" in prompt(ids, mask, mode="auto")
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_after_an_interruption(error):
     """There is nothing to put back: the next call, of whatever kind, finds the model as it was."""

@@ -163,7 +163,7 @@ def test_arguments_of_the_model_count_in_training():
     ids, mask = zoo.padded(zoo.texts(), "right")
     labels = ids.masked_fill(mask == 0, -100)
     assert prompted(ids, mask, labels=labels, output_hidden_states=True).hidden_states is not None
-    with pytest.raises(TypeError, match="attn_mask"):
+    with pytest.raises(ValueError, match="attn_mask is of columns that a prompt moves"):
         prompted(ids, mask, labels=labels, attn_mask=mask)
     t5 = PromptedModel(zoo.build("T5"), 3)
     own = {"decoder_input_ids": torch.ones_like(ids), "labels": ids}

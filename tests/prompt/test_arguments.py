@@ -1,0 +1,217 @@
+"""Arguments and outputs of a model that a prompt moves: right behind it, or refused; and what is set on the wrapper."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+import zoo
+from transformers import Trainer, TrainingArguments
+
+from ptuning_fast import PromptedModel, SoftPrompt
+
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
+
+def batch(side="right"):
+    ids, mask = zoo.padded(zoo.texts(), side)
+    return ids, mask, ids.masked_fill(mask == 0, -100)
+
+
+def same(one, other):
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_trainer_drops_no_column_that_the_model_takes(tmp_path):
+    """It goes by the names that a forward has."""
+    t5 = PromptedModel(zoo.build("T5"), 3, mode="prepend")
+    rows = [
+        {"input_ids": ids, "labels": torch.ones(3).long(), "decoder_input_ids": torch.tensor([0, 5, 6]), "other": 1}
+        for ids in zoo.texts([4, 4])
+    ]
+    options = TrainingArguments(str(tmp_path), report_to="none", per_device_eval_batch_size=2)
+    trainer = Trainer(t5, options, eval_dataset=rows)
+    found = trainer.evaluate()["eval_loss"]
+    given = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels", "decoder_input_ids")}
+    assert found == pytest.approx(t5.eval()(**given).loss.item(), abs=1e-6)
+    assert trainer._signature_columns is not None and "other" not in trainer._signature_columns
+    ids, mask, labels = batch()
+    llama = PromptedModel(zoo.build("Llama"), 3).eval()
+    again = pickle.loads(pickle.dumps(llama))
+    assert torch.equal(again(ids, mask, labels=labels).logits, llama(ids, mask, labels=labels).logits)
+
+
+def test_labels_on_padding_that_somebody_counted():
+    ids, mask, labels = batch()
+    prompted = PromptedModel(zoo.build("Llama"), 3)
+    prompted(ids, mask, labels=labels, num_items_in_batch=20)
+    with pytest.raises(ValueError, match="num_items_in_batch counts them: give -100"):
+        prompted(ids, mask, labels=ids, num_items_in_batch=20)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_one_per_row_is_not_packed(training):
+    """Cross-attention to states of each row."""
+    model = zoo.build("GPT-2", add_cross_attention=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    prompted = PromptedModel(model, 3).train(training)
+    ids, mask, _ = batch()
+    states = torch.randn(len(ids), 6, zoo.D)
+    out = prompted(ids, mask, encoder_hidden_states=states)
+    expected = model(**prompted.prompt(ids, mask), encoder_hidden_states=states).logits[:, 3:]
+    assert same(out.logits[mask != 0], expected[mask != 0])
+    with pytest.raises(TypeError, match="states of each row"):
+        prompted.prompt(ids, mask, mode="packed")
+
+
+def test_pooled_outputs():
+    """Of a packed batch there is none, and one that is as wide as a text is long is none per column."""
+    model = zoo.build("BERT")
+    ids, mask, _ = batch()
+    assert PromptedModel(model, 3, mode="packed")(ids, mask).pooler_output is None
+    prompted = PromptedModel(model, 3, mode="prepend").eval()
+    for n in (4, zoo.D - 3, zoo.D):
+        ids = torch.randint(5, 90, (2, n))
+        assert prompted(ids).pooler_output.shape == (2, zoo.D)
+
+
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_of_classifiers_stand_with_their_tokens(name, side):
+    """Decoders are given their padding on the left, encoders on the right, whatever the batch has."""
+    model = zoo.build(name, {"Llama": "LlamaForSequenceClassification", "BERT": "BertForSequenceClassification"}[name])
+    prompted = PromptedModel(model, 3).eval()
+    found = prompted(*batch(side)[:2], output_hidden_states=True).hidden_states[-1]
+    for row, text in enumerate(zoo.texts()):
+        alone = prompted(text[None], torch.ones_like(text)[None], output_hidden_states=True).hidden_states[-1][0]
+        assert same(found[row][batch(side)[1][row] != 0], alone)
+
+
+def test_encoder_states_have_no_rows_of_the_prompt():
+    t5 = PromptedModel(zoo.build("T5"), 3).eval()
+    ids, mask, _ = batch()
+    out = t5(ids, mask, decoder_input_ids=ids[:, :2], output_hidden_states=True)
+    assert out.encoder_last_hidden_state.shape[:2] == ids.shape
+    assert out.encoder_hidden_states[0].shape[:2] == ids.shape and out.logits.shape[1] == 2
+
+
+def test_a_decoders_answers_are_in_its_own_columns():
+    """BART's logits for questions are the decoder's, which has no prompt."""
+    model = zoo.build("BART", "BartForQuestionAnswering")
+    prompted = PromptedModel(model, 3).eval()
+    ids, mask, _ = batch()
+    places = {"start_positions": torch.tensor([1, 0, 1, 0]), "end_positions": torch.tensor([1, 1, 1, 0])}
+    own = {"decoder_input_ids": ids[:, :2].clamp(min=5)}
+    loss = prompted(ids, mask, **own, **places).loss
+    assert same(loss, model(**prompted.prompt(ids, mask), **own, **places).loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mm_token_type_ids", torch.zeros(4, 7).long()),
+        ("entity_position_ids", torch.zeros(4, 2, 3).long()),
+        ("cls_index", torch.zeros(4).long()),
+    ],
+)
+def test_columns_that_a_prompt_moves_are_refused(name, value):
+    ids, mask, _ = batch()
+    value = value if name != "mm_token_type_ids" else torch.zeros_like(ids)
+    with pytest.raises(ValueError, match=f"{name} is of columns that a prompt moves"):
+        PromptedModel(zoo.build("Llama"), 3)(ids, mask, **{name: value})
+
+
+def test_other_ways_past_the_prompt_are_refused():
+    prompted = PromptedModel(zoo.build("Llama"), 3)
+    ids, mask, _ = batch()
+    for name in ("mems", "state", "cache_params", "past_key_values"):
+        with pytest.raises(ValueError, match=f"{name} misses the prompt"):
+            prompted(ids, mask, **{name: [1]})
+    with pytest.raises(ValueError, match="inputs_embeds go past the prompt"):
+        prompted(ids, mask, inputs_embeds=torch.zeros(4, 7, zoo.D))
+    with pytest.raises(ValueError, match="return_dict=False"):
+        prompted(ids, mask, return_dict=False)
+
+
+def test_images_with_positions_of_their_own_are_refused():
+    """Qwen2-VL finds an image's rows and columns by the ids of its tokens."""
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=90, vision_start_token_id=91, vision_end_token_id=92
+    )
+    prompted = PromptedModel(transformers.Qwen2VLForConditionalGeneration(config), 3)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert prompted(ids).logits.shape == (1, 4, 99)
+    image = {"pixel_values": torch.zeros(4, 96), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    with pytest.raises(ValueError, match=r"Qwen2VL.* finds the positions of images in the input_ids"):
+        prompted(ids, **image)
+
+
+def test_attention_weights_are_those_of_mode_prepend():
+    prompted = PromptedModel(zoo.build("Llama", attn_implementation="eager"), 3).eval()
+    ids, mask, _ = batch()
+    out = prompted(ids, mask, output_attentions=True)
+    assert out.attentions[0].shape[-1] == ids.shape[1] + 3 and out.logits.shape[1] == ids.shape[1]
+
+
+class OwnLoss(transformers.LlamaForCausalLM):
+    """The mean of the texts' means."""
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None, **more):
+        rows = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        out = super().forward(input_ids, **rows, **more)
+        if labels is not None:
+            losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].mT, labels[:, 1:], reduction="none")
+            out.loss = (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+        return out
+
+
+def test_a_loss_that_a_class_computes_by_itself():
+    torch.manual_seed(0)
+    model = OwnLoss(zoo.build("Llama").config).eval()
+    ids, mask, labels = batch()
+    prompt = SoftPrompt(model, 3)
+    expected = model(**prompt(ids, mask, labels=labels)).loss
+    assert same(prompt.loss(ids, mask, labels=labels), expected)
+    assert same(PromptedModel(model, 3, prompt=prompt)(ids, mask, labels=labels).loss, expected)
+
+
+def test_lengths_of_generate_count_the_input():
+    model = zoo.build("Llama", eos_token_id=None)
+    prompted = PromptedModel(model, 3).eval()
+    ids, mask, _ = batch("left")
+    n = ids.shape[1]
+    for options in ({"max_length": n + 2}, {"min_length": n + 6, "max_length": n + 6}):
+        assert prompted.generate(ids, mask, **options).shape[1] == max(options.values())
+        assert prompted.generate(ids, mask, generation_config=transformers.GenerationConfig(**options)).shape[1] == max(
+            options.values()
+        )
+    prompted.generation_config = transformers.GenerationConfig(max_length=n + 3)
+    assert model.generation_config.max_length == n + 3, "what is the model's is set on the model"
+    assert prompted.generate(ids, mask).shape[1] == n + 3
+    model.generation_config.eos_token_id = list(range(5, 90))
+    assert prompted.generate(ids, mask, min_length=n + 2).shape[1] == n + 3
+    with pytest.raises(ValueError, match="max_length is 2, and input_ids have"):
+        prompted.generate(ids, mask, max_length=2)
+
+
+def test_a_loss_function_set_on_the_wrapper_is_the_models():
+    prompted = PromptedModel(zoo.build("Llama"), 3).eval()
+    ids, mask, labels = batch()
+    prompted.loss_function = lambda **_: torch.tensor(7.0)
+    assert prompted(ids, mask, labels=labels).loss.item() == 7
+    prompted.mode = "prepend"
+    assert "mode" not in vars(prompted.model)
+
+
+def test_a_model_that_was_packed_is_unpickled_elsewhere(tmp_path):
+    prompted = PromptedModel(zoo.build("Llama"), 3, mode="packed").eval()
+    ids, mask, _ = batch()
+    torch.save((prompted, (ids, mask), prompted(ids, mask).logits), tmp_path / "model")
+    code = "import sys, torch; m, given, expected = torch.load(sys.argv[1], weights_only=False)\n"
+    code += "assert torch.allclose(m(*given).logits, expected, atol=1e-5)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=True)
