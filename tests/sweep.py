@@ -207,6 +207,17 @@ def texts_of(model, prompt, rows, ids, mask, mode):
     return [one[-ids.shape[1] :][there != 0] for one, there in zip(out, mask)]
 
 
+def loss_off(model, prompt, ids, mask, mode):
+    """How far the loss on the last two tokens of each text is from the model's own, where it has one of tokens."""
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return 0.0
+    behind = mask.flip(1).cumsum(1).flip(1)  # tokens from here on
+    labels = ids.masked_fill((mask == 0) | (behind > 2), -100)
+    with torch.no_grad():
+        own = copy.deepcopy(model)(**prompt(ids, mask, labels=labels)).loss
+        return off(prompt.loss(ids, mask, labels=labels, mode=mode), own)
+
+
 def judge(model, rows, first, truth, mode, side) -> Verdict:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -215,11 +226,12 @@ def judge(model, rows, first, truth, mode, side) -> Verdict:
                 prompt = SoftPrompt(model, M, init=model.get_input_embeddings()(first).float())
             ids, mask = padded(rows, side)
             actual = texts_of(model, prompt, rows, ids, mask, mode)
+            of_loss = loss_off(model, prompt, ids, mask, mode)
         except (TypeError, ValueError) as error:
             return Verdict("refused", str(error))
         except Exception as error:
             return Verdict("fails", f"{type(error).__name__}: {error}")
-    worst = max(off(one, other) for one, other in zip(actual, truth))
+    worst = max(of_loss, *(off(one, other) for one, other in zip(actual, truth)))
     if worst <= TOLERANCE:
         return Verdict("equal", f"{worst:.1e}")
     about = [str(one.message) for one in said if "depend" in str(one.message)]

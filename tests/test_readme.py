@@ -19,8 +19,8 @@ SNIPPETS = {
 ADAPTERS = {
     "README.md": "my-adapter",
     "docs/classifier.md": "my-adapter",
-    "docs/models.md": "my-trained-prompt",
     "docs/peft.md": "my-prompt",
+    "docs/training.md": "my-prompt",
 }
 
 

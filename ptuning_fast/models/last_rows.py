@@ -52,10 +52,14 @@ class LastRows:
         part = self.part
 
         def on_columns(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            some = part(hidden[:, columns], *args, **kwargs)
-            return some.new_zeros(hidden.shape).index_copy(1, columns, some)
+            return _placed(part(hidden[:, columns], *args, **kwargs), columns, hidden, 0.0)
 
         return with_module(model, self.path, Called(on_columns))
+
+
+def _placed(some: Tensor, columns: Tensor, hidden: Tensor, rest: float) -> Tensor:
+    """[B, S, e]: the rows `some` [B, L, e] in `columns` [L], and `rest` in those others that `hidden` [B, S, d] has."""
+    return some.new_full((*hidden.shape[:2], *some.shape[2:]), rest).index_copy(1, columns, some)
 
 
 def _last_layer(base: nn.Module) -> nn.Module | None:
@@ -79,7 +83,7 @@ def _goes_by_rows(model: Any, path: list[str], inputs: dict[str, Any]) -> bool:
     def on_columns(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         whole, some = part(hidden, *args, **kwargs), part(hidden[:, columns], *args, **kwargs)
         off.append(off_by([{"rows": some}], [{"rows": whole[:, columns]}]))
-        return torch.full_like(whole, float("nan")).index_copy(1, columns, some)
+        return _placed(some, columns, hidden, float("nan"))
 
     try:
         expected = model(**inputs).loss

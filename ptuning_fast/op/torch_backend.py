@@ -83,7 +83,7 @@ def _moved(batch: Batch, weight: Tensor, prompt: Prompt, layout: Layout) -> tupl
     def lay(tokens: Tensor, fill: int) -> Tensor:
         """[B, n] integers in the layout of the output, `fill` on the virtual tokens."""
         if column is None or is_prompt is None:  # packed
-            return torch.constant_pad_nd(tokens, (m, 0), fill)[keep][None]
+            return torch.cat([tokens.new_full((B, m), fill), tokens], 1)[keep][None]
         return tokens.gather(1, column).masked_fill_(is_prompt, fill)
 
     out_mask = None if packed or attention_mask is None else lay(attention_mask, 1)

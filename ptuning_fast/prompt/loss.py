@@ -17,7 +17,15 @@ from ..models.info import ModelInfo, unwrapped
 from ..models.last_rows import LastRows
 from ..models.probe import ordinary_tokens, quietly
 
-__all__ = ["goes_by_items", "has_causal_loss", "is_of_tokens", "keeps_labelled_rows", "last_rows", "on_labelled_rows"]
+__all__ = [
+    "check_counted",
+    "goes_by_items",
+    "has_causal_loss",
+    "is_of_tokens",
+    "keeps_labelled_rows",
+    "last_rows",
+    "on_labelled_rows",
+]
 
 
 def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +90,17 @@ def goes_by_items(model: Any, info: ModelInfo) -> bool:
         except Exception:  # whatever a loss makes of arguments that it does not know
             return False
     return one != two and one == one
+
+
+def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
+    """ValueError for labels on padding, which are left out, where somebody has counted labels."""
+    if labels is None or attention_mask is None or labels.shape != attention_mask.shape:
+        return
+    if bool(((labels != -100) & (attention_mask == 0)).any()):
+        raise ValueError(
+            "labels has tokens where attention_mask is 0, which no prompt is trained on, and num_items_in_batch counts "
+            "them: give -100 there, as transformers' collators do"
+        )
 
 
 def _short_text(model: Any) -> tuple[Tensor, Tensor]:

@@ -116,8 +116,6 @@ class PromptedModel(nn.Module):
         """
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
         self._check(input_ids, kwargs)
-        if num_items_in_batch is not None and labels is not None and attention_mask is not None:
-            _check_labels(labels, attention_mask)
         given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, self._mode_for(kwargs))
         nothing_else = all(value is None or name in _NO_MATTER for name, value in kwargs.items())
         if labels is not None and self.training and has_causal_loss(self.model) and nothing_else:
@@ -125,7 +123,12 @@ class PromptedModel(nn.Module):
 
             return CausalLMOutput(loss=self.prompt.loss(*given, num_items_in_batch=num_items_in_batch, **flattened))
         laid_out = self.prompt.laid_out(*given, **flattened)
-        return self._called(self.model, laid_out, bool(flattened), kwargs | self.prompt.items(num_items_in_batch))
+        return self._called(
+            self.model,
+            laid_out,
+            bool(flattened),
+            kwargs | self.prompt.items(num_items_in_batch, labels, attention_mask),
+        )
 
     def _mode_for(self, kwargs: dict[str, Any]) -> str:
         """Mode "prepend" for what is one per row, and for a loss over routers' choices, which counts a mask's."""
@@ -301,12 +304,3 @@ class PromptedModel(nn.Module):
             if name == "model" or name in _WITHOUT_PROMPT:  # the former: not there yet
                 raise
             return getattr(self.model, name)
-
-
-def _check_labels(labels: Tensor, attention_mask: Tensor) -> None:
-    """ValueError for labels on padding where somebody has counted them: they are left out."""
-    if labels.shape == attention_mask.shape and bool(((labels != -100) & (attention_mask == 0)).any()):
-        raise ValueError(
-            "labels has tokens where attention_mask is 0, which no prompt is trained on, and num_items_in_batch counts "
-            "them: give -100 there, as transformers' collators do"
-        )

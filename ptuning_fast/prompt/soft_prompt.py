@@ -18,7 +18,15 @@ from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows
 from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
-from .loss import goes_by_items, has_causal_loss, is_of_tokens, keeps_labelled_rows, last_rows, on_labelled_rows
+from .loss import (
+    check_counted,
+    goes_by_items,
+    has_causal_loss,
+    is_of_tokens,
+    keeps_labelled_rows,
+    last_rows,
+    on_labelled_rows,
+)
 
 __all__ = ["SoftPrompt"]
 
@@ -227,7 +235,7 @@ class SoftPrompt(Saving):
         inputs = self(
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
-        inputs |= self.items(num_items_in_batch)
+        inputs |= self.items(num_items_in_batch, labels, attention_mask)
         if inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
             if is_large(self.model, inputs) and self._of_loss(has_chunks):
                 loss = in_chunks(self.model, inputs)
@@ -240,8 +248,10 @@ class SoftPrompt(Saving):
             model = self._of_loss(last_rows).of(model, inputs["logits_to_keep"], inputs["inputs_embeds"].shape[1])
         return model(**inputs).loss
 
-    def items(self, num_items_in_batch: Tensor | int | None) -> dict[str, Any]:
-        """That as an argument of the model, where given; ValueError for a model whose loss does not go by it."""
+    def items(
+        self, num_items_in_batch: Tensor | int | None, labels: Tensor | None, attention_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """The first as an argument of the model, where given; ValueError where its loss would not go by it."""
         if num_items_in_batch is None:
             return {}
         if not self.goes_by_items:
@@ -249,6 +259,7 @@ class SoftPrompt(Saving):
                 f"the loss of {self._info.name} does not go by num_items_in_batch: leave it out, and weigh the "
                 "batches' losses"
             )
+        check_counted(labels, attention_mask)
         return {"num_items_in_batch": num_items_in_batch}
 
     @property

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 import zoo
 from torch import nn
 
@@ -95,6 +96,15 @@ def test_whose_feed_forward_takes_other_rows_too(name):
     model = zoo.build(name)
     prompt = check(model, "prepend")
     assert served(prompt, model) is model
+
+
+def test_a_part_that_is_one_layer_of_a_feed_forward():
+    """BioGPT's widens its rows."""
+    sizes = {"hidden_size": zoo.D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = transformers.BioGptForCausalLM(transformers.BioGptConfig(vocab_size=99, **sizes)).requires_grad_(False)
+    prompt = check(model.eval(), "prepend")
+    assert last_rows(prompt).part.out_features == 48
 
 
 class Shifted(nn.Module):
