@@ -30,7 +30,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def trainer_of(model: nn.Module, collator: Any, train: list[Any], held_out: list[Any], options: Namespace) -> Trainer:
-    """The Trainer of `model`. However many processes there are, it is the same training.
+    """The Trainer of `model`. However many processes there are, it is the same training but for dropout.
 
     Args:
         train, held_out: all rows, in every process: Accelerate chooses each one's part.
@@ -76,7 +76,11 @@ def trainer_of(model: nn.Module, collator: Any, train: list[Any], held_out: list
 
 
 class _LossInBar(ProgressCallback):
-    """The progress bar, with the last loss in it instead of lines between."""
+    """The progress bar, with the last loss in it instead of lines between; and the last steps' loss among the logs."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in logs:

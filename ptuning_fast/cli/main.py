@@ -29,10 +29,10 @@ def parser() -> argparse.ArgumentParser:
         "--train-file", help="CSV, TSV, JSON or Parquet; for lm .txt, too (default: docstrings of Python's own library)"
     )
     train.add_argument("--eval-file", help="held-out texts, likewise (default: a fifth of the training texts)")
-    train.add_argument("--text-column", default="text", help="column of the texts")
-    train.add_argument("--label-column", default="label", help="column of the labels")
-    train.add_argument("--prompt-column", default="prompt", help="lm: column of what is to be continued, and")
-    train.add_argument("--completion-column", default="completion", help="lm: how, where a file has both")
+    train.add_argument("--text-column", help="column of the texts (default: text)")
+    train.add_argument("--label-column", help="column of the labels (default: label)")
+    train.add_argument("--prompt-column", help="lm: column of what is to be continued (default: prompt), and")
+    train.add_argument("--completion-column", help="lm: how (default: completion), where a file has both")
     train.add_argument("--output", default="prompt-tuning-adapter", help="folder for the adapter")
     train.add_argument("--overwrite", action="store_true", help="replace an adapter, or a training that was cut off")
     train.add_argument("--resume", action="store_true", help="go on with the training in --output that was cut off")
@@ -75,10 +75,10 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--adapter", required=True, help="folder that train wrote")
     predict.add_argument("--model", help="the model, where it is not where it was trained")
     predict.add_argument("--file", help="CSV, TSV, JSON, Parquet, or .txt, a text a line (default: standard input)")
-    predict.add_argument("--text-column", default="text", help="column of the texts")
+    predict.add_argument("--text-column", help="column of the texts (default: text; lm: or else prompt)")
     predict.add_argument("--output", help="file for the labels (default: standard output)")
     predict.add_argument("--scores", action="store_true", help="write each label's probability behind it")
-    predict.add_argument("--max-new-tokens", type=_whole(1), default=64, help="lm: of each continuation")
+    predict.add_argument("--max-new-tokens", type=_whole(1), help="lm: of each continuation (default: 64)")
     predict.add_argument("--batch-size", type=_whole(1), default=32, help="texts at a time")
     return main
 

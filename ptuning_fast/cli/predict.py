@@ -1,15 +1,15 @@
 """`python -m ptuning_fast predict`: read texts, write labels, or what a language model goes on with."""
 
+import os
 import sys
 from argparse import Namespace
-from contextlib import AbstractContextManager, nullcontext
-from typing import TextIO
+from contextlib import nullcontext
 
 import torch
 
 from ..files import adapter
-from .tables import InputError, lines_of, read_texts
-from .tasks import ADAPTERS
+from .tables import InputError, lines_of, named_columns, read_texts, without_columns
+from .tasks import ADAPTERS, check_options
 
 __all__ = ["run"]
 
@@ -24,33 +24,33 @@ def run(options: Namespace) -> None:
     if kind not in ADAPTERS or config.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
         raise InputError(f"{adapter.is_another(options.adapter, kind)}; predict is for what train writes")
     name = options.model or config.get("base_model_name_or_path") or ""
+    task, named = ADAPTERS[kind], named_columns(options)
+    check_options(task, options)
     if options.file:
-        texts = read_texts(options.file, options.text_column)
+        texts = read_texts(options.file, named, *task.instead)
+        if options.output and os.path.exists(options.output) and os.path.samefile(options.file, options.output):
+            raise InputError(f"--output {options.output} is the --file that is read: name another")
     else:
+        without_columns("standard input", named)
         texts = lines_of(sys.stdin.buffer.read(), "standard input")
     try:
-        model, tokenizer = ADAPTERS[kind].from_adapter(options, name)
+        model, tokenizer = task.from_adapter(options, name)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    except InputError:
-        raise
     except (OSError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise InputError((str(error).splitlines() or ["?"])[0]) from None
+    cut = 0
     try:
-        with _output(options.output) as out, torch.no_grad():
+        file = options.output
+        with open(file, "w", encoding="utf-8") if file else nullcontext(sys.stdout) as out, torch.no_grad():
             for start in range(0, len(texts), options.batch_size):
                 batch = texts[start : start + options.batch_size]
-                for line in ADAPTERS[kind].predicted(model, tokenizer, batch, options):
+                lines, cut_here = task.predicted(model, tokenizer, batch, options)
+                cut += cut_here
+                for line in lines:
                     print(line, file=out, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise InputError(f"cannot write {options.output or 'the labels'}: {error.strerror or error}") from None
-
-
-def _output(path: str | None) -> AbstractContextManager[TextIO]:
-    if not path:
-        return nullcontext(sys.stdout)
-    try:
-        return open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    if cut:
+        print(f"warning: {cut} of {len(texts)} texts cut to {model.max_length} tokens", file=sys.stderr)

@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection
+from argparse import Namespace
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["InputError", "lines_of", "read_labelled", "read_pairs", "read_texts"]
+__all__ = ["InputError", "lines_of", "named_columns", "read_labelled", "read_pairs", "read_texts", "without_columns"]
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TABLES = (*SEPARATORS, ".jsonl", ".json", ".ndjson", ".parquet", ".pq")
@@ -22,30 +23,39 @@ class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what, and what to do."""
 
 
-def read_labelled(path: str, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
+def named_columns(options: Namespace) -> dict[str, str]:
+    """What the user calls columns, of those that were named: {"text": "review"} for `--text-column review`."""
+    found = {key.removesuffix("_column"): name for key, name in vars(options).items() if key.endswith("_column")}
+    return {column: name for column, name in found.items() if name is not None}
+
+
+def read_labelled(path: str, named: dict[str, str]) -> tuple[list[str], list[str]]:
     """The texts and labels of a table, both as strings, none of them empty."""
-    columns = text_column, label_column
-    texts, labels = _filled(path, columns, _read(path, columns, TABLES))
+    texts, labels = (_filled(path, *column) for column in _read(path, [("text", "label")], named, TABLES))
     return texts, labels
 
 
-def read_pairs(path: str, text_column: str, pair: tuple[str, str]) -> tuple[list[str], list[str]]:
+def read_pairs(path: str, named: dict[str, str]) -> tuple[list[str], list[str]]:
     """What a language model is to continue, and how: of a .txt file nothing, and its whole text; of a table without
-    the columns `pair` nothing, and each text."""
-    if Path(path).suffix.lower() == ".txt":
-        texts = ["\n".join(_read(path, (), (".txt",))[0])]
-    else:
-        found = _read(path, pair, (*TABLES, ".txt"), instead=(text_column,))
-        if len(found) == 2:
-            prompts, completions = found
-            return prompts, _filled(path, pair[1:], [completions])[0]
-        [texts] = found
-    return [""] * len(texts), _filled(path, (text_column,), [texts])[0]
+    prompts and completions nothing, and each text."""
+    *prompts, (column, texts) = _read(path, [("prompt", "completion"), ("text",)], named)
+    texts = _filled(path, column or "text", texts if column else ["\n".join(texts)])
+    return prompts[0][1] if prompts else [""] * len(texts), texts
 
 
-def read_texts(path: str, text_column: str) -> list[str]:
-    """The texts of a table, or the lines of a .txt file."""
-    return _read(path, (text_column,), (*TABLES, ".txt"))[0]
+def read_texts(path: str, named: dict[str, str], *instead: str) -> list[str]:
+    """The texts of a table, in a column "text" or else one of these; or the lines of a .txt file."""
+    return _read(path, [("text",), *((column,) for column in instead)], named)[0][1]
+
+
+def without_columns(name: str, named: dict[str, str]) -> None:
+    """InputError where the user named columns of what has none."""
+    if named:
+        raise InputError(f"{name} has no columns: leave {_options(named)} out, or give a table")
+
+
+def _options(columns: Iterable[str]) -> str:
+    return " and ".join(f"--{column}-column" for column in columns)
 
 
 def lines_of(data: bytes, name: str) -> list[str]:
@@ -73,21 +83,29 @@ def _decoded(data: bytes, name: str) -> str:
     )
 
 
-def _filled(path: str, columns: tuple[str, ...], values: Any) -> Any:
-    """`values`, a list for each column, if there are any and none is empty."""
-    if not values[0]:
+def _filled(path: str, column: str, texts: list[str]) -> list[str]:
+    """The texts of a column, if there are any and none is empty."""
+    if not texts:
         raise InputError(f"{path} has no rows")
-    for name, texts in zip(columns, values):
-        for row, text in enumerate(texts, 1):
-            if not text.strip():
-                raise InputError(f"{path}: row {row} is empty in column {name!r}")
-    return values
+    for row, text in enumerate(texts, 1):
+        if not text.strip():
+            raise InputError(f"{path}: row {row} is empty in column {column!r}")
+    return texts
 
 
 def _read(
-    path: str, columns: tuple[str, ...], suffixes: tuple[str, ...], instead: tuple[str, ...] = ()
-) -> list[list[str]]:
-    """These columns of a table, or those that it may have instead, each a list of strings; of a .txt file its lines."""
+    path: str, layouts: list[tuple[str, ...]], named: dict[str, str], suffixes: tuple[str, ...] = (*TABLES, ".txt")
+) -> list[tuple[str, list[str]]]:
+    """The first of the `layouts` that a table has, each column with its name; of a .txt file "" and its lines.
+
+    Args:
+        layouts: columns that go together; where the user `named` some, a layout with all of these.
+    """
+    wanted = [[named.get(column, column) for column in layout] for layout in layouts if named.keys() <= set(layout)]
+    if not wanted:
+        raise InputError(f"{_options(named)} do not go together: leave one out")
+    if len(set(wanted[0])) < len(wanted[0]):
+        raise InputError(f"{' and '.join(layouts[0])} cannot both be in the column {wanted[0][0]!r}")
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes:
         raise InputError(f"{path}: the name must end in one of {', '.join(suffixes)}, which says how to read it")
@@ -95,12 +113,17 @@ def _read(
         raise InputError(f"{path}: there is no such file")
     try:
         if suffix == ".txt":
-            return [lines_of(Path(path).read_bytes(), path)]
+            without_columns(path, named)
+            return [("", lines_of(Path(path).read_bytes(), path))]
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path} is empty")
         frame = _frame(path, suffix)
-        columns = instead if instead and not set(columns) <= set(frame.columns) else columns
-        return [_texts(frame, column) for column in columns]
+        names = list(frame.columns)
+        lacking = [[name for name in layout if name not in names] for layout in wanted]
+        if all(lacking):
+            said = ", nor ".join(" and ".join(map(repr, some)) for some in lacking)
+            raise ValueError(f"it has no column {said}; it has {', '.join(map(repr, names)) or 'none'}")
+        return [(name, _texts(frame, name)) for name in wanted[lacking.index([])]]
     except InputError:
         raise
     except ImportError:
@@ -132,16 +155,8 @@ def _frame(path: str, suffix: str) -> "pandas.DataFrame":
         return frame.reset_index() if any(frame.index.names) else frame
     text = _decoded(Path(path).read_bytes(), path)
     if suffix in SEPARATORS:
-        # pandas would rename columns that come twice, so their names are read as a row. Its default engine makes empty
-        # texts of missing fields; the other reads with Python's csv, which refuses long texts unless told.
-        csv.field_size_limit(2**31 - 1)
-        exact: dict[str, Any] = {"header": None, "dtype": object, "na_filter": False, "skip_blank_lines": False}
-        source = io.StringIO(text, newline="")
-        frame = pandas.read_csv(source, engine="python", sep=SEPARATORS[suffix], **exact).dropna(how="all")
-        short = frame.isna().any(axis=1)
-        if short.any():
-            raise ValueError(f"line {short.idxmax() + 1} has fewer fields than the first")
-        return frame[1:].set_axis(frame[:1].to_numpy().ravel(), axis=1)
+        names, *rows = _rows(text, SEPARATORS[suffix]) or [[]]
+        return pandas.DataFrame(rows, columns=names, dtype=object)
     if text.lstrip().startswith("["):
         places = [(f"item {number}", item) for number, item in enumerate(_json(text, "it is no JSON array"), 1)]
     else:
@@ -153,6 +168,23 @@ def _frame(path: str, suffix: str) -> "pandas.DataFrame":
     return pandas.DataFrame([row for _, row in places], dtype=object)
 
 
+def _rows(text: str, separator: str) -> list[list[str]]:
+    """The fields of each line that is not blank, as many in each."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows: list[list[str]] = []
+    line = 1  # where a row begins, which may have line breaks in quotes
+    try:
+        for row in reader:
+            if row and rows and len(row) != len(rows[0]):
+                raise ValueError(f"line {line} has {len(row)} fields, and the first has {len(rows[0])}")
+            rows += [row] if row else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {line}: {error}; in a quoted value, a quote is written twice") from None
+    return rows
+
+
 def _json(text: str, otherwise: str) -> Any:
     """Numbers as they are written: pandas.read_json would make 1.1 of 1.10 and refuse long ones."""
     try:
@@ -162,10 +194,8 @@ def _json(text: str, otherwise: str) -> Any:
 
 
 def _texts(frame: "pandas.DataFrame", name: str) -> list[str]:
-    """The values of a column as strings, if it is there and each value is one text."""
+    """The values of a column as strings, if each is one text."""
     names = list(frame.columns)
-    if name not in names:
-        raise ValueError(f"it has no column {name!r}; it has {', '.join(map(repr, names)) or 'none'}")
     if names.count(name) > 1:
         raise ValueError(f"it has {names.count(name)} columns {name!r}")
     for row, (value, missing) in enumerate(zip(frame[name], frame[name].isna()), 1):

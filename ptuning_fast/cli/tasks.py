@@ -7,7 +7,8 @@
     rows = task.rows(pairs, tokenizer)          for the collator, of task.most tokens at most
     task.baseline(trainer, rows)                of the held-out rows, before training; task.measured(trainer) behind it
 
-`from_adapter` and `predicted` are for `predict`.
+`from_adapter`, `predicted` and `instead`, the columns of a table without texts, are for `predict`; `own` options are
+for this task alone.
 """
 
 import math
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import HFValidationError
 from safetensors import SafetensorError
 
 from ..classify.classifier import FastPTuning
@@ -30,21 +32,26 @@ from ..modes import mode_for
 from ..prompt.prompted_model import PromptedModel
 from ..prompt.soft_prompt import SoftPrompt
 from .docstrings import stdlib_docstrings
-from .tables import InputError, read_labelled, read_pairs
+from .tables import InputError, named_columns, read_labelled, read_pairs, without_columns
 
-__all__ = ["ADAPTERS", "DEMO", "TASKS", "Pairs", "Row", "spelled"]
+__all__ = ["ADAPTERS", "DEMO", "TASKS", "Pairs", "Row", "check_options", "spelled"]
 
 Pairs = tuple[list[str], list[str]]  # texts and their labels; prompts and their completions
 Row = dict[str, Any]  # a tokenised text, as the collator takes it
 
 
-def load(kind: Any, name: str, **options: Any) -> tuple[Any, Any]:
+def load(kind: Any, name: str, in_adapter: bool = False, **options: Any) -> tuple[Any, Any]:
     """(model, tokenizer) for a hub id, a folder or `DEMO`; InputError where one cannot be had."""
     try:
         path = located(str(Path(name).resolve()) if Path(name).is_dir() else name)
         model, tokenizer = kind.from_pretrained(path, **options), transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or ["?"])[0]
+        if not (Path(name).is_dir() or isinstance(error, ImportError)):
+            is_path = isinstance(error.__cause__, HFValidationError)  # or else it may be the name of one on the hub
+            reason = "there is no such folder" + f", and from the hub: {reason}" * (not is_path)
+            if in_adapter and not Path(name).is_absolute():
+                reason += "; a path that an adapter names is relative to where it was trained"
         raise InputError(f"cannot load the model {name!r} (--model names another): {reason}") from None
     if tokenizer.pad_token_id is None:  # decoders' often: any token does, as the mask hides it
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,40 +68,41 @@ class Classify:
     """Texts and their labels, with FastPTuning."""
 
     collator = "DataCollatorWithPadding"
+    own, instead = ("label_column", "pooling", "compare", "scores"), ()
 
     def __init__(self, options: Namespace):
         self.options, self.names = options, [""]
-        if options.text_column == options.label_column:
-            raise InputError(f"the texts and the labels cannot both be in the column {options.text_column!r}")
 
     def read(self, file: str | None) -> Pairs:
-        if file is None:
-            return stdlib_docstrings()
-        return read_labelled(file, self.options.text_column, self.options.label_column)
+        named = named_columns(self.options)
+        if file is not None:
+            return read_labelled(file, named)
+        without_columns("the embedded text", {} if self.options.eval_file else named)
+        return stdlib_docstrings()
 
     def check(self, train: Pairs, held_out: Pairs | None = None) -> None:
         """Take the labels' names; InputError for labels that no classifier can be made of."""
         texts, labels = train
         self.names = sorted(set(labels))
-        some = ", ".join(map(repr, self.names[:3]))
         if len(self.names) < 2:
-            raise InputError(f"there is one label only, {some}: a classifier needs two or more")
+            raise InputError(f"there is one label only, {self._some()}: a classifier needs two or more")
         numbers = all(map(_is_number, self.names))
         if len(self.names) > 20 and len(texts) < (5 if numbers else 2) * len(self.names):
-            kind = "numbers" if numbers else "labels"
+            kind, column = "numbers" if numbers else "labels", self.options.label_column or "label"
             raise InputError(
-                f"{len(texts)} rows have {len(self.names)} different {kind} in column {self.options.label_column!r} "
-                f"({some}, ...), too many to tell apart: --label-column names another; to predict a number, take "
+                f"{len(texts)} rows have {len(self.names)} different {kind} in column {column!r} ({self._some()}), too "
+                "many to tell apart: --label-column names another; to predict a number, take "
                 "FastPTuning(num_labels=1) in Python"
             )
         unknown = sorted(set(held_out[1] if held_out else ()) - set(self.names))
         if unknown:
-            raise InputError(
-                f"the label {unknown[0]!r} is held out and is not among those trained on ({', '.join(self.names)})"
-            )
+            raise InputError(f"the label {unknown[0]!r} is held out and is not among those trained on ({self._some()})")
+
+    def _some(self) -> str:
+        return ", ".join([*map(repr, self.names[:5]), "..."][: len(self.names)])
 
     def said(self) -> str:
-        return f", {len(self.names)} labels"
+        return f", {len(self.names)} labels ({self._some()})"
 
     def build(self) -> tuple[FastPTuning, Any, Any]:
         options = self.options
@@ -142,26 +150,29 @@ class Classify:
 
     @staticmethod
     def from_adapter(options: Namespace, name: str) -> tuple[Any, Any]:
-        encoder, tokenizer = load(transformers.AutoModel, name)
+        encoder, tokenizer = load(transformers.AutoModel, name, not options.model)
         return FastPTuning.from_pretrained(options.adapter, encoder), tokenizer
 
     @staticmethod
-    def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> list[str]:
-        """A label for each text; with `--scores` its probability behind a tab. Texts are cut to `model.max_length`."""
-        cut = {"truncation": True, "max_length": model.max_length} if model.max_length else {}
-        batch = tokenizer(texts, padding=True, return_tensors="pt", **cut).to(model.prompt_embeddings.device)
+    def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> tuple[list[str], int]:
+        """A label for each text, with `--scores` its probability behind a tab; and how many texts were cut."""
+        most = {"truncation": True, "max_length": model.max_length} if model.max_length else {}
+        batch = tokenizer(texts, padding=True, return_tensors="pt", **most).to(model.prompt_embeddings.device)
+        cut = sum(len(ids) > batch["input_ids"].shape[1] for ids in tokenizer(texts, verbose=False)["input_ids"])
         logits = model(**{key: value for key, value in batch.items() if key in tokenizer.model_input_names})
         scores, numbers = logits.float().softmax(-1).max(-1)
         labels = [str(number) if model.id2label is None else model.id2label[number] for number in numbers.tolist()]
-        if not options.scores:
-            return labels
-        return [f"{label}\t{score:.4f}" for label, score in zip(labels, scores.tolist())]
+        if options.scores:
+            labels = [f"{label}\t{score:.4f}" for label, score in zip(labels, scores.tolist())]
+        return labels, cut
 
 
 class Language:
     """Texts, or prompts and their completions, before a language model that stays as it is, with PromptedModel."""
 
     collator = "DataCollatorForSeq2Seq"  # pads labels with -100
+    own, instead = ("prompt_column", "completion_column", "max_new_tokens"), ("prompt",)
+    names = ()
 
     def __init__(self, options: Namespace):
         self.options = options
@@ -169,23 +180,24 @@ class Language:
             raise InputError("--task lm needs a --model and a --train-file: none comes along for it")
         if options.prompt_length == 0:
             raise InputError("a --prompt-length of 0 leaves nothing to train")
-        if options.pooling or options.compare:
-            raise InputError("--pooling and --compare are for --task classify: leave them out")
 
     def read(self, file: str | None) -> Pairs:
         assert file is not None
-        columns = self.options.prompt_column, self.options.completion_column
-        return read_pairs(file, self.options.text_column, columns)
+        return read_pairs(file, named_columns(self.options))
 
-    def check(self, train: Pairs, held_out: Pairs | None = None) -> None:
-        """Any text will do."""
+    def check(self, *files: Pairs) -> None:
+        """InputError where one has prompts and the other has none; else any text will do."""
+        kinds = ["prompts and completions" if any(prompts) else "whole texts" for prompts, _ in files]
+        if len(set(kinds)) > 1:
+            raise InputError(f"--train-file has {kinds[0]}, and --eval-file {kinds[1]}: write both alike")
+        self.kind = kinds[0]
 
     def said(self) -> str:
-        return ""
+        return f", {self.kind}"
 
     def build(self) -> tuple[PromptedModel, Any, Any]:
         options = self.options
-        dtype = {} if options.precision == "fp32" else {"dtype": DTYPES[options.precision]}
+        dtype: dict[str, Any] = {} if options.precision == "fp32" else {"dtype": DTYPES[options.precision]}
         language_model, tokenizer = load(transformers.AutoModelForCausalLM, options.model, **dtype)
         if not is_causal(language_model):
             raise InputError(f"{options.model!r} is no language model: its tokens see those behind them")
@@ -233,23 +245,21 @@ class Language:
 
     @staticmethod
     def from_adapter(options: Namespace, name: str) -> tuple[Any, Any]:
-        if options.scores:
-            raise InputError(f"--scores is for classifiers, and {options.adapter} is the prompt of a language model")
-        model, tokenizer = load(transformers.AutoModelForCausalLM, name)
+        model, tokenizer = load(transformers.AutoModelForCausalLM, name, not options.model)
         tokenizer.padding_side = "left"
         prompt = SoftPrompt.from_pretrained(model, options.adapter, any_base=bool(options.model))
         return PromptedModel(model, prompt=prompt), tokenizer
 
     @staticmethod
-    def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> list[str]:
-        """What the model goes on with behind each text, its line breaks written as \\n."""
+    def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> tuple[list[str], int]:
+        """What the model goes on with behind each text, its line breaks written as \\n; none is cut."""
         batch = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
         given = batch["input_ids"], batch["attention_mask"]
         if not given[0].shape[1]:
             raise InputError("a text without tokens has nothing that the model could go on from")
-        options_ = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+        options_ = {"max_new_tokens": options.max_new_tokens or 64, "pad_token_id": tokenizer.pad_token_id}
         out = model.prompt.generate(*given, do_sample=False, **options_)
-        return [text.replace("\n", "\\n") for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+        return [text.replace("\n", "\\n") for text in tokenizer.batch_decode(out, skip_special_tokens=True)], 0
 
 
 def _packed_if_possible(encoder: Any, options: Namespace) -> str:
@@ -265,6 +275,15 @@ def _is_number(text: str) -> bool:
         return float(text) is not None
     except ValueError:
         return False
+
+
+def check_options(task: Any, options: Namespace) -> None:
+    """InputError for options that another task is for."""
+    for name, other in TASKS.items():
+        given = [f"--{key.replace('_', '-')}" for key in other.own if other is not task and getattr(options, key, None)]
+        if given:
+            are, them = ("are", "them") if len(given) > 1 else ("is", "it")
+            raise InputError(f"{' and '.join(given)} {are} for --task {name}: leave {them} out")
 
 
 TASKS: dict[str, Any] = {"classify": Classify, "lm": Language}

@@ -2,11 +2,13 @@
 
 import gc
 import hashlib
+import itertools
 import json
 import shutil
 import statistics
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
@@ -20,12 +22,13 @@ from ..classify.precision import DTYPES
 from ..classify.reference import ReferencePTuning
 from ..files import adapter
 from .tables import InputError
-from .tasks import DEMO, TASKS, Row, spelled
+from .tasks import DEMO, TASKS, Row, check_options, spelled
 
 __all__ = ["run"]
 
 _NOT_OF_THE_TRAINING = {"command", "resume", "overwrite", "compare", "output", "report_to", "save_steps"}
-_NOT_OF_THE_TRAINING |= {"train_file", "eval_file"}  # their texts are compared
+_NOT_OF_THE_TRAINING |= {"train_file", "eval_file"}  # their texts are compared, and so are those of other columns
+_NOT_OF_THE_TRAINING |= {"text_column", "label_column", "prompt_column", "completion_column"}
 
 
 def run(options: Namespace) -> None:
@@ -48,6 +51,7 @@ def _train(options: Namespace, state: Any) -> None:
         if state.is_main_process:
             print(line, flush=True)
 
+    check_options(TASKS[options.task], options)
     task = TASKS[options.task](options)
     if state.is_main_process:
         _check_output(options, checkpoints)
@@ -62,8 +66,6 @@ def _train(options: Namespace, state: Any) -> None:
     transformers.set_seed(options.seed)
     try:
         model, frozen, tokenizer = task.build()
-    except InputError:
-        raise
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None
     except (RuntimeError, MemoryError) as error:
@@ -80,8 +82,8 @@ def _train(options: Namespace, state: Any) -> None:
     say(f"{len(train)} texts to train on, {len(held_out)} held out{task.said()}; {cut} texts cut to {task.most} tokens")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{trainable:,} trained parameters before a frozen {type(frozen).__name__} ({options.model or DEMO})")
-    if len(held_out) < 100:
-        say(f"warning: {len(held_out)} held-out texts tell little: what is measured is rough (--eval-file gives more)")
+    for doubt in _doubts(train, held_out, task.names):
+        say(f"warning: {doubt}")
 
     last = last_checkpoint(checkpoints) if options.resume else None
     if options.resume:
@@ -100,8 +102,7 @@ def _train(options: Namespace, state: Any) -> None:
     if diverged:
         raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    end = f" at first and {losses[-1]:.4f} in the end" if len(losses) > 1 else " at first"
-    say(f"{trainer.state.global_step} steps, loss {losses[0]:.4f}{end}")
+    say(f"{trainer.state.global_step} steps, loss {losses[0]:.4f} at first and {losses[-1]:.4f} in the end")
     say(f"adapter saved in {options.output}")
     figures = task.measured(trainer)
     if state.is_main_process:  # once more, with what is known now in its card
@@ -172,6 +173,20 @@ def _split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
     return [row for place, row in enumerate(rows) if place not in held_out], [rows[place] for place in sorted(held_out)]
 
 
+def _doubts(train: list[Row], held_out: list[Row], names: list[str]) -> Iterator[str]:
+    """Why the figures may say less than they seem to."""
+    if len(held_out) < 100:
+        yield f"{len(held_out)} held-out texts tell little: what is measured is rough (--eval-file gives more)"
+    known = {tuple(row["input_ids"]) for row in train}
+    again = sum(tuple(row["input_ids"]) in known for row in held_out)
+    if again:
+        yield f"{again} of {len(held_out)} held-out texts are also trained on: what is measured of these is memory"
+    alike = {name.strip().casefold(): name for name in names}
+    pairs = [(name, alike[name.strip().casefold()]) for name in names]
+    for one, other in [pair for pair in pairs if pair[0] != pair[1]][:1]:
+        yield f"the labels {one!r} and {other!r} differ in case or spaces alone, and are told apart"
+
+
 def _check_ids(rows: list[Row], table_rows: int) -> None:
     largest = max(max(row["input_ids"], default=0) for row in rows)
     if largest >= table_rows:
@@ -195,11 +210,8 @@ def _compare_speed(model: FastPTuning, trainer: Any, steps: int = 5) -> None:
     precision = "" if model.precision is None else f", both in {model.precision}"
     reference = ReferencePTuning(encoder, model.prompt_length, model.num_labels).to(device).train()
     model.train()
-    batches = []
-    for batch in trainer.get_train_dataloader():
-        batches.append({key: value.to(device) for key, value in batch.items()})
-        if len(batches) == steps:
-            break
+    some = itertools.islice(trainer.get_train_dataloader(), steps)
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in some]
 
     def step(module: nn.Module, batch: dict[str, Tensor]) -> float:
         if device.type == "cuda":

@@ -77,9 +77,15 @@ def saving(folder: Path) -> Iterator[None]:
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors (on the CPU) and the settings that `save` wrote."""
     path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {folder}: there is no {WEIGHTS}")
-    return read(path)
+    if path.is_file():
+        return read(path)
+    said, other = f"no adapter in {folder}: there is no {WEIGHTS}", path.with_name("model.safetensors")
+    if other.is_file() and not path.with_name("config.json").is_file():
+        said += (
+            "; it is a Trainer's checkpoint, which the module that was trained takes: PromptedModel(model, length=...)"
+            f".load_state_dict(safetensors.torch.load_file({str(other)!r})), and save_pretrained makes an adapter of it"
+        )
+    raise FileNotFoundError(said)
 
 
 def kind_of(folder: str | Path, settings: dict) -> tuple[str, dict]:

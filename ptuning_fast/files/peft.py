@@ -128,14 +128,12 @@ def load(folder: str | Path) -> Saved:
     first = _of_first_version(folder)
     if first is not None:
         return first
-    if not (folder / adapter.WEIGHTS).is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise ValueError(
-                f"the adapter in {folder} is a pickle (adapter_model.bin), which may run code when it is read: "
-                "load it with PEFT and save it again, as safetensors"
-            )
-        raise FileNotFoundError(f"no adapter in {folder}: there is no {adapter.WEIGHTS}")
-    tensors, settings = adapter.read(folder / adapter.WEIGHTS)
+    if (folder / "adapter_model.bin").is_file() and not (folder / adapter.WEIGHTS).is_file():
+        raise ValueError(
+            f"the adapter in {folder} is a pickle (adapter_model.bin), which may run code when it is read: "
+            "load it with PEFT and save it again, as safetensors"
+        )
+    tensors, settings = adapter.load(folder)
     config = settings.pop("config", settings)
     if not settings and any(name.startswith(OURS) for name in tensors):
         raise ValueError(f"the adapter in {folder} is damaged: it has an encoder or a bank, and no settings of it")

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoTokenizer
 
 from ptuning_fast import FastPTuning
-from ptuning_fast.cli import tables, train
+from ptuning_fast.cli import tables, tasks, train
 from ptuning_fast.cli.docstrings import PACKAGES, stdlib_docstrings
-from ptuning_fast.cli.main import main
+from ptuning_fast.cli.main import main, parser
 from ptuning_fast.files import adapter
 from ptuning_fast.op import functional
 
@@ -64,8 +64,8 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     assert main(["train", "--train-file", file, *options]) == 0
     out, err = capsys.readouterr()
     printed = out.split(f"adapter saved in {folder}")[1]  # said before anything else is done
-    assert "48 texts to train on, 12 held out, 2 labels; 0 texts cut to 128 tokens" in out
-    assert "warning: 12 held-out texts tell little" in out
+    assert "48 texts to train on, 12 held out, 2 labels ('asyncio', 'xml'); 0 texts cut to 128 tokens" in out
+    assert "warning: 12 held-out texts tell little" in out and out.count("warning") == 1
     assert "held-out accuracy" in printed and "0.500" in printed
     assert "| held-out accuracy | " in (folder / "README.md").read_text()
     assert "the torch.cat reference" not in printed
@@ -81,8 +81,21 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     with torch.no_grad():
         expected = [model.id2label[number] for number in model(**batch).argmax(-1).tolist()]
     test_file = write(tmp_path / "test.parquet", [(text,) for text in texts], ("review",))
-    assert main(["predict", "--adapter", str(folder), "--file", test_file, "--text-column", "review"]) == 0
-    assert capsys.readouterr().out.splitlines() == expected
+    predict = ["predict", "--adapter", str(folder)]
+    assert main([*predict, "--file", test_file, "--text-column", "review"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == expected and "texts cut" not in printed.err
+    (tmp_path / "link.parquet").symlink_to(test_file)
+    given = [*predict, "--file", test_file, "--text-column", "review"]
+    for change, message in (
+        ([*given, "--output", str(tmp_path / "link.parquet")], "link.parquet is the --file that is read: name another"),
+        ([*given, "--max-new-tokens", "3"], "--max-new-tokens is for --task lm: leave it out"),
+        ([*predict, "--file", test_file], "it has no column 'text'; it has 'review'"),
+        ([*predict, "--text-column", "review"], "standard input has no columns: leave --text-column out"),
+    ):
+        assert main(change) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert tables.read_texts(test_file, {"text": "review"}) == texts, "it is as it was"
     lines = "\ufeff" + "".join(f"{' '.join(text.split())}\r\n" for text in texts)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert main(["predict", "--adapter", str(folder), "--scores", "--output", str(tmp_path / "labels.tsv")]) == 0
@@ -113,12 +126,31 @@ def test_half_precision(rows, tmp_path, capsys, monkeypatch, mode):
     assert f"mode {mode!r}, both in bf16)" in printed and "adapter saved in" in printed
 
 
-def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys):
-    long = [*rows[:10], ("word " * 700, "xml"), *rows[-10:]]
-    file = write(tmp_path / "train.csv", long)
-    options = ["--epochs", "0.1", "--max-length", "999", "--prompt-length", "8", "--batch-size", "2"]
-    assert main(["train", "--train-file", file, "--output", str(tmp_path / "a"), *options]) == 0
-    assert "1 texts cut to 504 tokens" in capsys.readouterr().out
+def test_what_is_worth_a_word(rows, tmp_path, capsys, monkeypatch):
+    """Texts that are cut or repeat are counted, labels that look alike are named, and the last loss is said."""
+    file = write(tmp_path / "train.csv", [*rows[:10], ("word " * 700, "XML "), *rows[-10:]])
+    eval_file = write(tmp_path / "eval.csv", [*rows[8:12], rows[-1]])
+    options = ["--epochs", "0.3", "--max-length", "999", "--prompt-length", "8", "--batch-size", "2"]
+    files = ["--train-file", file, "--eval-file", eval_file]
+    assert main(["train", *files, "--output", str(tmp_path / "a"), *options]) == 0
+    out = capsys.readouterr().out
+    assert "3 labels ('XML ', 'asyncio', 'xml'); 1 texts cut to 504 tokens" in out
+    assert "warning: 3 of 5 held-out texts are also trained on: what is measured of these is memory" in out
+    assert "warning: the labels 'XML ' and 'xml' differ in case or spaces alone, and are told apart" in out
+    first, last = re.search(r"4 steps, loss ([\d.]+) at first and ([\d.]+) in the end", out).groups()
+    assert first != last
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"short\n" + b"word " * 700)))
+    assert main(["predict", "--adapter", str(tmp_path / "a"), "--batch-size", "1"]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    assert printed.err.splitlines()[-1] == "warning: 1 of 2 texts cut to 504 tokens"
+
+
+def test_many_labels_are_named_in_short():
+    task = tasks.Classify(parser().parse_args(["train"]))
+    for names, said in (("abcde", "'a', 'b', 'c', 'd', 'e'"), ("fedcba", "'a', 'b', 'c', 'd', 'e', ...")):
+        task.check((["a text"] * len(names), list(names)))
+        assert task.said() == f", {len(names)} labels ({said})"
 
 
 @pytest.mark.parametrize(
@@ -154,12 +186,30 @@ def test_long_texts_are_cut_and_counted(rows, tmp_path, capsys):
             "seem to be separated by '\\t', and a .csv file has ',' there: name it .tsv",
         ),
         (["--train-file", "{tmp}/array.json"], "item 2 is no JSON object: it is a str"),
-        (["--train-file", "{tmp}/scores.csv"], "30 different numbers in column 'label' ('0.0', '0.1', '0.2', ...)"),
+        (["--train-file", "{tmp}/scores.csv"], "30 different numbers in column 'label' ('0.0', '0.1', "),
         (
             ["--train-file", "{tmp}/swapped.csv", "--text-column", "label", "--label-column", "text"],
             "different labels in",
         ),
         (["--task", "lm", "--train-file", "{tmp}/rows.csv"], "needs a --model and a --train-file"),
+        (
+            ["--train-file", "{tmp}/rows.csv", "--completion-column", "x"],
+            "--completion-column is for --task lm: leave it",
+        ),
+        (
+            ["--prompt-column", "x", "--completion-column", "y"],
+            "--prompt-column and --completion-column are for --task lm",
+        ),
+        (["--label-column", "stars"], "the embedded text has no columns: leave --label-column out"),
+        (
+            ["--train-file", "{tmp}/quotes.csv"],
+            "line 5: ',' expected after '\"'; in a quoted value, a quote is written",
+        ),
+        (["--train-file", "{tmp}/short.csv"], "line 3 has 1 fields, and the first has 2"),
+        (
+            ["--train-file", "{tmp}/rows.csv", "--model", "./nowhere"],
+            "(--model names another): there is no such folder",
+        ),
         (["--resume"], "there is no training in"),
         (["--train-file", "{tmp}/rows.csv", "--report-to", "nowhere"], "nowhere is not supported"),
         (["--train-file", "{tmp}/rows.csv", "--mode", "shared"], "mode must be one of prepend, packed; it is 'shared'"),
@@ -177,6 +227,8 @@ def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, messag
     write(tmp_path / "two.csv", [rows[0], rows[-1]])
     write(tmp_path / "other.csv", [("text", "email")])
     write(tmp_path / "header.csv", [])
+    (tmp_path / "quotes.csv").write_text('text,label\n"a\n""b""",c\n\n"say "no" to it",d\n')
+    (tmp_path / "short.csv").write_text("text,label\na,b\nc\n")
     (tmp_path / "rows.txt").write_text("text")
     (tmp_path / "excel.csv").write_text("text,label\na,b\n", encoding="utf-16")
     (tmp_path / "german.csv").write_text("text;label\nja, so;b\n")
@@ -222,22 +274,24 @@ def test_values_stay_as_they_are_written(tmp_path):
         ("x" * 2**21, "1"),
     ]
     for suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
-        texts, labels = tables.read_labelled(write(tmp_path / f"rows{suffix}", rows), "text", "label")
+        texts, labels = tables.read_labelled(write(tmp_path / f"rows{suffix}", rows), {})
         assert list(zip(texts, labels)) == rows
     (tmp_path / "numbers.jsonl").write_text('{"text": 12345678901234567890, "label": 1.10}\n')
-    assert tables.read_labelled(str(tmp_path / "numbers.jsonl"), "text", "label") == (
-        ["12345678901234567890"],
-        ["1.10"],
-    )
+    assert tables.read_labelled(str(tmp_path / "numbers.jsonl"), {}) == (["12345678901234567890"], ["1.10"])
+    (tmp_path / "rows.csv").write_bytes(b'\xef\xbb\xbftext,label\r\r\n"a\r\nb ""c""", d \r\n\r\n,e\n')
+    assert tables._read(str(tmp_path / "rows.csv"), [("text", "label")], {}) == [
+        ("text", ['a\r\nb "c"', ""]),
+        ("label", [" d ", "e"]),
+    ]
     assert tables.lines_of("\ufeffa\u2028b\r\n\nc\rd\x0ce\n".encode(), "it") == ["a\u2028b", "", "c", "d\x0ce"]
     assert tables.lines_of(b"", "it") == []
     with pytest.raises(tables.InputError, match="standard input: it is not UTF-8"):
         tables.lines_of(b"caf\351\n", "standard input")
     (tmp_path / "rows.json").write_text('\n [{"text": 1.10, "label": "007"}]')
-    assert tables.read_labelled(str(tmp_path / "rows.json"), "text", "label") == (["1.10"], ["007"])
+    assert tables.read_labelled(str(tmp_path / "rows.json"), {}) == (["1.10"], ["007"])
     for name in ("rows.xls", "rows.csv.gz"):
         with pytest.raises(tables.InputError, match=r"must end in one of .*\.txt"):
-            tables.read_texts(str(tmp_path / name), "text")
+            tables.read_texts(str(tmp_path / name), {})
 
 
 def test_predict_without_an_adapter(tmp_path, capsys):

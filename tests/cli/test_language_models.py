@@ -10,12 +10,14 @@ from pathlib import Path
 
 import peft
 import pytest
+import safetensors
 import torch
 import zoo
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ptuning_fast import FastPTuning, SoftPrompt
-from ptuning_fast.cli import tasks
+from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
+from ptuning_fast.cli import tables, tasks
 from ptuning_fast.cli.main import main, parser
 from ptuning_fast.files import adapter
 from ptuning_fast.op import functional
@@ -70,6 +72,25 @@ def test_rows_of_texts(language_model, tmp_path):
     assert [tokenizer.decode(row["labels"]) for row in made] == ["One</s>", "Two</s>"]
 
 
+def test_which_columns_are_taken(tmp_path):
+    """What the user names; else prompts and completions; else texts."""
+    (tmp_path / "all.csv").write_text("text,prompt,completion,question\nt,p,c,q\n")
+    for named, expected in (
+        ({}, (["p"], ["c"])),
+        ({"text": "text"}, ([""], ["t"])),
+        ({"prompt": "question"}, (["q"], ["c"])),
+        ({"completion": "text"}, (["p"], ["t"])),
+    ):
+        assert tables.read_pairs(str(tmp_path / "all.csv"), named) == expected
+    (tmp_path / "two.csv").write_text("prompt,answer\np,a\n")
+    with pytest.raises(tables.InputError, match="no column 'completion', nor 'text'; it has 'prompt', 'answer'"):
+        tables.read_pairs(str(tmp_path / "two.csv"), {})
+    assert tables.read_texts(str(tmp_path / "two.csv"), {}, "prompt") == ["p"]
+    assert tables.read_texts(str(tmp_path / "all.csv"), {}, "prompt") == ["t"]
+    with pytest.raises(tables.InputError, match="no column 'text'; it has 'prompt', 'answer'"):
+        tables.read_texts(str(tmp_path / "two.csv"), {"text": "text"}, "prompt")
+
+
 def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     """It learns, it says how much, and predict continues each prompt as `SoftPrompt.generate` does."""
     folder = tmp_path / "prompt"
@@ -77,7 +98,7 @@ def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     given = ["train", "--task", "lm", "--model", language_model, "--train-file", pairs_file, *options]
     assert main([*given, "--output", str(folder)]) == 0
     out, err = capsys.readouterr()
-    assert "48 texts to train on, 12 held out; 0 texts cut to 512 tokens" in out
+    assert "48 texts to train on, 12 held out, prompts and completions; 0 texts cut to 512 tokens" in out
     assert "256 trained parameters before a frozen LlamaForCausalLM" in out and "loss=" in err
     after, before = map(float, re.search(r"held-out loss ([\d.]+), .* as it began loss ([\d.]+),", out).groups())
     assert after < before - 0.3
@@ -99,11 +120,16 @@ def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     assert main([*predict, "--model", str(tmp_path / "elsewhere")]) == 0
     assert capsys.readouterr().out.split("\n")[:-1] == expected
     for change, message in (
-        (["--scores"], "--scores is for classifiers"),
+        (["--scores"], "--scores is for --task classify: leave it out"),
         (["--model", str(tmp_path / "nowhere")], "cannot load the model"),
+        (["--text-column", "prompt"], "texts.txt has no columns: leave --text-column out"),
     ):
         assert main([*predict, *change]) == 2
         assert message in capsys.readouterr().err
+    lines = [json.dumps({"prompt": text, "completion": ""}) for text in texts]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    assert main([*predict, "--file", str(tmp_path / "pairs.jsonl")]) == 0, "the table that it was trained on"
+    assert capsys.readouterr().out.split("\n")[:-1] == expected
 
 
 def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys):
@@ -122,7 +148,7 @@ def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys):
     ]
     assert main([*given, "--output", str(tmp_path / "one")]) == 0
     expected = capsys.readouterr().out
-    assert "41 texts to train on, 10 held out" in expected
+    assert "41 texts to train on, 10 held out, whole texts;" in expected
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [*torchrun, "ptuning_fast", *given, "--output", str(tmp_path / "two")]
@@ -136,15 +162,37 @@ def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--pooling", "mean"], "--pooling and --compare are for --task classify"),
-        (["--compare"], "--pooling and --compare are for --task classify"),
+        (["--pooling", "mean"], "error: --pooling is for --task classify: leave it out"),
+        (["--pooling", "mean", "--compare"], "--pooling and --compare are for --task classify: leave them out"),
+        (["--label-column", "label"], "error: --label-column is for --task classify: leave it out"),
         (["--prompt-length", "3000"], "leaves no room for text"),
         (["--prompt-length", "0"], "nothing to train"),
-        (["--text-column", "body", "--prompt-column", "question"], "no column 'body'; it has 'prompt', 'completion'"),
+        (["--text-column", "body"], "no column 'body'; it has 'prompt', 'completion'"),
+        (
+            ["--text-column", "prompt", "--prompt-column", "prompt"],
+            "--text-column and --prompt-column do not go together",
+        ),
+        (["--prompt-column", "completion"], "prompt and completion cannot both be in the column 'completion'"),
+        (
+            ["--train-file", "{tmp}/three.csv", "--prompt-column", "question", "--completion-column", "anwser"],
+            "no column 'anwser'; it has 'question', 'answer', 'text'",
+        ),
+        (
+            ["--train-file", "{tmp}/prose.txt", "--prompt-column", "a"],
+            "prose.txt has no columns: leave --prompt-column",
+        ),
+        (["--eval-file", "{tmp}/prose.txt"], "--train-file has prompts and completions, and --eval-file whole texts"),
+        (
+            ["--train-file", "{tmp}/three.csv", "--eval-file", "{tmp}/pairs.jsonl"],
+            "--eval-file prompts and completions",
+        ),
     ],
 )
 def test_one_line_for_what_cannot_be_used(language_model, pairs_file, tmp_path, capsys, change, message):
+    (tmp_path / "three.csv").write_text("question,answer,text\na,b,c\n")
+    (tmp_path / "prose.txt").write_text("A text.\n")
     given = ["train", "--task", "lm", "--model", language_model, "--train-file", pairs_file]
+    change = [option.format(tmp=tmp_path) for option in change]
     assert main([*given, "--output", str(tmp_path / "a"), *change]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "a/checkpoints/options.json").exists()
@@ -165,6 +213,34 @@ def test_predict_names_other_adapters(tmp_path, capsys):
     ):
         assert main(["predict", "--adapter", str(tmp_path / folder)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_here(tmp_path, capsys):
+    """An adapter may name it by a path, as it was seen from elsewhere; or it may have been a name on the hub."""
+    for name, reason in (("./base", "folder; a path that"), ("models/base", "folder, and from the hub: We couldn't ")):
+        model = zoo.build("Llama")
+        model.config._name_or_path = name
+        SoftPrompt(model, 2).save_pretrained(tmp_path)
+        (tmp_path / "texts.txt").write_text("a text\n")
+        assert main(["predict", "--adapter", str(tmp_path), "--file", str(tmp_path / "texts.txt")]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"cannot load the model '{name}' (--model names another): there is no such {reason}" in said
+        assert said.endswith("; a path that an adapter names is relative to where it was trained")
+
+
+def test_a_checkpoint_is_no_adapter(tmp_path, capsys):
+    """What a Trainer has saved: the error has the way out."""
+    trained, model = PromptedModel(zoo.build("Llama"), 3), zoo.build("Llama")
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    assert main(["predict", "--adapter", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="Trainer's checkpoint"):
+        SoftPrompt.from_pretrained(model, tmp_path)
+    load_it = re.search(r"PromptedModel\(.*safetensors'\)\)", said)[0].replace("length=...", "length=3")
+    prompted = PromptedModel(model, length=3)
+    names = {"safetensors": safetensors, "PromptedModel": lambda model, length: prompted, "model": model}
+    eval(load_it, names)
+    assert torch.equal(prompted.prompt.prompt_embeddings, trained.prompt.prompt_embeddings)
 
 
 def test_what_dropout_rules_out_is_said_before_anything_runs(language_model, pairs_file, tmp_path, capsys):

@@ -115,6 +115,8 @@ def test_trainer_resumes_and_loads_the_best(tmp_path):
     first.train()
     weights = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
     assert weights.stat().st_size < 2000
+    with pytest.raises(FileNotFoundError, match="it is a Trainer's checkpoint"):
+        PromptedModel.from_pretrained(zoo.build("Llama"), weights.parent)
     second, second_curve = trainer(prompted_causal(), tmp_path / "run", **options)
     second.train(resume_from_checkpoint=True)
     assert first_curve.losses + second_curve.losses == curve.losses
