@@ -189,9 +189,10 @@ def read_table(rng, folder):
     path = folder / f"rows{suffix if rng.random() < 0.9 else rng.choice(suffixes)}"
     path.write_bytes(content)
     try:
-        columns = [tables.read_texts(str(path), "text")]
+        columns = [tables.read_texts(str(path), {})]
         if path.suffix != ".txt":
-            columns = tables.read_labelled(str(path), "text", "label")
+            columns = tables.read_labelled(str(path), {})
+            assert tables.read_pairs(str(path), {}) == ([""] * len(columns[0]), columns[0])
     except tables.InputError as error:
         assert str(path) in str(error) and len(str(error).splitlines()) == 1, str(error)
         raise

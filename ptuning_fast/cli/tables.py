@@ -137,7 +137,7 @@ def _read(
 def _separator(path: str, suffix: str) -> str:
     """What a table seems to have between its values, where that is not what its name promises."""
     promised = SEPARATORS.get(suffix)
-    first = lines_of(Path(path).read_bytes(), path)[0] if promised else ""
+    first = next(iter(lines_of(Path(path).read_bytes(), path)), "") if promised else ""
     seems = max(";\t|,", key=first.count)
     if not promised or promised in first or seems not in first:
         return ""
