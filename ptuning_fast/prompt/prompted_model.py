@@ -40,6 +40,7 @@ class _OfTheModel:
             return self.function
         method: Any = partial(self.function, instance)
         method.__signature__ = instance.__dict__["_signature"]
+        method.__func__, method.__self__ = self.function, instance  # as a method has them, for Accelerate and TRL
         return method
 
 

@@ -39,6 +39,7 @@ def test_trainer_drops_no_column_that_the_model_takes(tmp_path):
     assert trainer._signature_columns is not None and "other" not in trainer._signature_columns
     ids, mask, labels = batch()
     llama = PromptedModel(zoo.build("Llama"), 3).eval()
+    assert llama.forward.__func__ is PromptedModel.forward and llama.forward.__self__ is llama
     again = pickle.loads(pickle.dumps(llama))
     assert torch.equal(again(ids, mask, labels=labels).logits, llama(ids, mask, labels=labels).logits)
 
