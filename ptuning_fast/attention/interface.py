@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .arguments import Scores, Sequences
@@ -30,6 +30,7 @@ from .varlen import varlen_attention
 __all__ = ["mask_of_packed", "narrowed", "obstacle_of_attention", "serve_packed"]
 
 OURS = "ptuning_fast_"
+_MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}  # transformers' own, of the implementations that ours stand over
 
 
 def serve_packed(model: Any) -> None:
@@ -54,12 +55,13 @@ def serve_packed(model: Any) -> None:
 def obstacle_of_attention(name: str) -> str | None:
     """Why packed batches are not served with the attention implementation of this name; None if they are."""
     base = name.removeprefix(OURS)
-    if "flash_attention" in base or base == "eager":
+    if "flash_attention" in base:
         return None
-    if base == "sdpa":
-        if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+    if base in _MASKS:
+        known = ALL_ATTENTION_FUNCTIONS.get(base), ALL_MASK_ATTENTION_FUNCTIONS.get(base)
+        if known == (sdpa_attention_forward if base == "sdpa" else None, _MASKS[base]):
             return None
-        return "somebody has registered an attention function of their own as 'sdpa': take mode='prepend'"
+        return f"somebody has registered an attention or mask of their own as {base!r}: take mode='prepend'"
     return (
         f"the attention implementation is {name!r}, which packed batches are not served with: take mode='prepend', or "
         "load the model with attn_implementation='sdpa'"
@@ -98,20 +100,22 @@ def _rows_of_windows() -> int | None:
     return _narrow.get(threading.get_ident()) if _narrow else None
 
 
-def _mask(base: Callable, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+def _mask(base: str, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
     """A mask function of transformers; `local_size` is the window, of which `mask_function` knows as well."""
     rows, seen = _rows_of_windows(), kwargs.get("mask_function")
     if rows is not None and local_size is not None and seen is not None:
         local_size = min(local_size, rows)
         kwargs["mask_function"] = lambda b, h, q, k: seen(b, h, q, k) & ((q - k).abs() < rows)
-    return base(*args, local_size=local_size, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, local_size=local_size, **kwargs)
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable:
-    if base == "eager":  # each model's file has its own, and a subclass from elsewhere its parent's
-        files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-        return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
-    return ALL_ATTENTION_FUNCTIONS["sdpa"]
+    registered: Callable | None = ALL_ATTENTION_FUNCTIONS.get(base)
+    if registered is not None:
+        return registered
+    # Eager: each model's file has its own, and a subclass from elsewhere its parent's.
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
 
 
 # What models hand to every attention function and what changes nothing here.
@@ -165,6 +169,6 @@ def _attention(
 
 
 # At import, so that a model which is unpickled in another process finds them, too.
-for _base, _mask_of in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+for _base in _MASKS:
     AttentionInterface.register(OURS + _base, partial(_attention, _base))
-    AttentionMaskInterface.register(OURS + _base, partial(_mask, _mask_of))
+    AttentionMaskInterface.register(OURS + _base, partial(_mask, _base))

@@ -232,7 +232,8 @@ class Language:
                 )
             labels = [-100] * len(before) + ids[len(before) :] if prompt else ids
             for start in (0,) if prompt else range(0, len(ids), most):
-                row = {"input_ids": ids[start : start + most], "labels": labels[start : start + most]}
+                # The first label of a row is left out, as the model's loss does.
+                row = {"input_ids": ids[start : start + most], "labels": [-100, *labels[start + 1 : start + most]]}
                 rows.append(row | {"cut": bool(prompt) and len(ids) > most})
         return rows
 

@@ -27,13 +27,12 @@ def trained_only(module: Module) -> Module:
 
 
 def _trained(module: nn.Module) -> set[str]:
-    """Names of parameters that are trained, of those that an adapter of PEFT's adds, and of the buffers beside them."""
+    """Names of parameters that are trained or of an adapter of PEFT's, and of buffers that stand beside no others."""
     kept, named = module.__dict__["_kept"], list(module.named_parameters())
     marks = [str(part.prefix) for part in module.modules() if hasattr(part, "peft_config") and hasattr(part, "prefix")]
     trained = {name for name, one in named if one.requires_grad or name in kept or any(mark in name for mark in marks)}
-    parts = {name.rpartition(".")[0] for name in trained}
-    buffers = {name for name, _ in module.named_buffers() if name.rpartition(".")[0] in parts}
-    return trained | buffers
+    frozen = {name.rpartition(".")[0] for name, _ in named if name not in trained}
+    return trained | {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in frozen}
 
 
 def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:

@@ -1,6 +1,7 @@
 """What a Hugging Face model takes, and which rows of its input and output mean what."""
 
 import inspect
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from ..op import Batch
 from .families import family_of
 from .positions import counts_columns, max_positions, position_start, steady_length
 
-__all__ = ["ModelInfo", "describe", "is_a", "unwrapped"]
+__all__ = ["ModelInfo", "describe", "is_a", "unwrapped", "what_draws"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,20 @@ def unwrapped(model: Any) -> Any:
     """The transformers model inside what torch.compile or PEFT (LoRA and the like) put around it."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def what_draws(model: nn.Module) -> str | None:
+    """The class of a module in `model` that draws at random as it stands: dropout, or noise on a router."""
+    for module in model.modules():
+        if module.training and any(
+            type(value) is float and value > 0 and (name == "p" or _RANDOM.search(name))
+            for name, value in vars(module).items()
+        ):
+            return type(module).__name__
+    return None
+
+
+_RANDOM = re.compile("drop|jitter|noise")
 
 
 def _refuse(model: Any) -> None:

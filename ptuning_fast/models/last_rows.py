@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .info import unwrapped
+from .info import unwrapped, what_draws
 from .probe import off_by, quietly, tolerance
 from .replaced import Called, is_plain, on_the_way, with_module
 
@@ -28,7 +28,7 @@ class LastRows:
 
     def __init__(self, model: Any, inputs: dict[str, Any]):
         self.path: list[str] = []
-        self.part: nn.Module | None = None
+        self.around: list[nn.Module] = []
         inner = unwrapped(model)
         with quietly(inner):
             layer = _last_layer(inner.base_model)
@@ -36,20 +36,21 @@ class LastRows:
             for part in parts[:2]:  # attention and feed-forward, whichever is larger
                 path = next(name for name, module in model.named_modules() if module is part).split(".")
                 if _goes_by_rows(model, path, inputs):
-                    self.path, self.part = path, part
+                    self.path, self.around = path, _around(model, path)
                     return
 
     def of(self, model: Any, columns: Tensor, count: int) -> Any:
         """`model`, or a copy that shares all it has and whose outputs are right in `columns` [L] of `count` alone."""
-        if self.part is None or 2 * len(columns) > count or getattr(model.config, "output_router_logits", False):
+        if not self.path or 2 * len(columns) > count or getattr(model.config, "output_router_logits", False):
             return model
         try:
-            way = on_the_way(model, self.path)
-        except KeyError:  # the model has other layers now
+            around = _around(model, self.path)
+        except (KeyError, StopIteration):  # the model has other layers now
             return model
-        if way[-1] is not self.part or not is_plain([*way, *self.part.modules()]) or _drops(self.part):
+        same = len(around) == len(self.around) and all(one is other for one, other in zip(around, self.around))
+        part = on_the_way(model, self.path)[-1]
+        if not same or not is_plain(around) or what_draws(part) is not None:
             return model
-        part = self.part
 
         def on_columns(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return _placed(part(hidden[:, columns], *args, **kwargs), columns, hidden, 0.0)
@@ -71,9 +72,17 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _drops(part: nn.Module) -> bool:
-    """Whether it draws at random, which for some rows alone would be other draws."""
-    return any(module.training and getattr(module, "p", 0) for module in part.modules())
+def _around(model: Any, path: list[str]) -> list[nn.Module]:
+    """Those on the way to the part, all of the last layer and the last of its stack, and what stands beside the layers.
+
+    What is read behind the part is among them.
+    """
+    way = on_the_way(model, path)
+    stack, layers = next((place, one) for place, one in enumerate(way) if isinstance(one, nn.ModuleList))
+    beside = [child for one in way[:stack] for child in one.children() if child not in way]
+    embedding = unwrapped(model).get_input_embeddings()  # which gradient checkpointing hooks
+    inside = [module for one in (*beside, layers[-1]) if one is not embedding for module in one.modules()]
+    return [*way, *inside]
 
 
 def _goes_by_rows(model: Any, path: list[str], inputs: dict[str, Any]) -> bool:

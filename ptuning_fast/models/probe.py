@@ -39,6 +39,9 @@ def quietly(model: nn.Module) -> Iterator[None]:
     device = next((one.device.type for one in model.parameters()), "cpu")
     with _one_at_a_time, torch.no_grad(), torch.autocast(device, enabled=False), _put_back(model):
         model.eval()
+        for module in model.modules():
+            # In eval mode 4-bit weights are packed anew for a CPU (bitsandbytes), and have no gradient from then on.
+            module.training = any(not one.is_floating_point() for one in module.parameters(recurse=False))
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.info import ModelInfo, unwrapped
+from ..models.info import ModelInfo, unwrapped, what_draws
 from ..models.probe import is_causal
 from ..op import Batch, Embedded, Layout, Prompt
 from .packed import Packed, of_sequences
@@ -45,13 +45,12 @@ class Shared(Packed):
         of_attention = _obstacle_of_flash(unwrapped(model)) or super().obstacle(model, prompt)
         if of_attention is not None:
             return of_attention
-        for module in unwrapped(model).modules():
-            names = ("p", "attention_dropout", "dropout", "hidden_dropout", "layerdrop") if module.training else ()
-            if any(isinstance(rate := getattr(module, name, 0), float) and rate > 0 for name in names):
-                return (
-                    f"{type(module).__name__} has dropout, which would be drawn once for all texts: set it to 0 in the "
-                    "config, put the model in eval mode, or take mode='packed'"
-                )
+        drawing = what_draws(unwrapped(model))
+        if drawing is not None:
+            return (
+                f"{drawing} has dropout or noise, which would be drawn once for all texts: set it to 0 in the config, "
+                "put the model in eval mode, or take mode='packed'"
+            )
         return None
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:

@@ -67,15 +67,20 @@ def has_causal_loss(model: Any) -> bool:
 
     inner = unwrapped(model)
     takes_labels = "labels" in inspect.signature(inner.forward).parameters and not inner.config.is_encoder_decoder
-    return takes_labels and getattr(inner, "loss_function", None) is ForCausalLMLoss
+    return takes_labels and _is_transformers_own(inner) and getattr(inner, "loss_function", None) is ForCausalLMLoss
 
 
 def is_of_tokens(model: Any) -> bool:
     """Whether the loss is a mean over labelled tokens, as transformers' own are; of any other nothing is known."""
     inner = unwrapped(model)
     function = getattr(inner, "loss_function", None)
-    own = type(inner).forward.__module__.startswith("transformers.")  # and so it goes through loss_function
-    return own and getattr(function, "__module__", "").startswith("transformers.loss.")
+    return _is_transformers_own(inner) and getattr(function, "__module__", "").startswith("transformers.loss.")
+
+
+def _is_transformers_own(inner: Any) -> bool:
+    """Whether nobody has written another forward, whose loss may be another; Accelerate's calls the one it replaces."""
+    replaced = "forward" in vars(inner) and not hasattr(inner, "_hf_hook")
+    return type(inner).forward.__module__.startswith("transformers.") and not replaced
 
 
 def goes_by_items(model: Any, info: ModelInfo) -> bool:

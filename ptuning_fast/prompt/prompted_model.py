@@ -65,15 +65,14 @@ class PromptedModel(nn.Module):
     Args:
         model: a transformers model, quantised or with LoRA as it comes. One whose token embeddings are not frozen yet
             is frozen, but for a classifier's head, which is trained with the prompt (as PEFT does). One whose
-            embeddings are frozen stays as it is, and what is not frozen is trained with the prompt (LoRA).
+            embeddings are frozen, or with an adapter of PEFT's (LoRA), stays as it is, and what is not frozen is
+            trained with the prompt.
         length: virtual tokens, m.
         mode: as `SoftPrompt` takes it: `"auto"`, or `"prepend"`, `"packed"`, `"shared"`.
         prompt: a SoftPrompt of `model`, instead of a new one.
         options: `SoftPrompt`'s, for a new one.
     """
 
-    # Trainer leaves a row's first label out of its count where a model's loss does; here the prompt predicts it.
-    loss_type = None
     # Trainer does not train quantised models but with an adapter on them: the prompt is one.
     _hf_peft_config_loaded = True
 
@@ -83,7 +82,8 @@ class PromptedModel(nn.Module):
         super().__init__()
         if prompt is not None and prompt.model is not model:
             raise ValueError("prompt is for another model: give the one that it was made with")
-        if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
+        adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+        if not adapted and any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
             model.requires_grad_(False)
             head = peft.head_of(model, peft.task_of(model))
             for name, parameter in model.named_parameters():
@@ -107,8 +107,9 @@ class PromptedModel(nn.Module):
     ) -> "ModelOutput":
         """The model's outputs, without rows for virtual tokens: `logits` are [B, n, V], 0 on padding.
 
-        With labels, in training, a language model gives its `loss` alone, since logits that nobody reads are most of
-        its memory; in evaluation it gives both.
+        The label in the first column counts for nothing, as in the model's own loss, and as Trainer and TRL count
+        (`SoftPrompt.loss` has the last virtual token predict it). With labels, in training, a language model gives its
+        `loss` alone, since logits that nobody reads are most of its memory; in evaluation it gives both.
 
         Args:
             input_ids, attention_mask, token_type_ids, labels, prompt_index: as `SoftPrompt.forward` takes them.
@@ -117,6 +118,9 @@ class PromptedModel(nn.Module):
         """
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
         self._check(input_ids, kwargs)
+        if labels is not None and labels.shape == input_ids.shape and has_causal_loss(self.model):
+            labels = labels.clone()
+            labels[:, :1] = -100
         given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, self._mode_for(kwargs))
         nothing_else = all(value is None or name in _NO_MATTER for name, value in kwargs.items())
         if labels is not None and self.training and has_causal_loss(self.model) and nothing_else:
@@ -230,6 +234,11 @@ class PromptedModel(nn.Module):
         return f"{type(self).__name__}(mode={self.mode!r}, prompt={self.prompt!r})"
 
     @property
+    def loss_type(self) -> str | None:
+        """For Trainer, which leaves first labels out of its count where the loss does."""
+        return "ForCausalLM" if has_causal_loss(self.model) else getattr(self.model, "loss_type", None)
+
+    @property
     def accepts_loss_kwargs(self) -> bool:
         """For Trainer: whether the loss goes by `num_items_in_batch`."""
         return self.prompt.goes_by_items
@@ -292,6 +301,8 @@ class PromptedModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """What is the model's (`config`, `generation_config`, `loss_function`, ...) is set on the model."""
         model = self.__dict__.get("_modules", {}).get("model")
+        if name == "model" and model is not None and value is not model:
+            raise ValueError("a PromptedModel is for the model that it was made with: make one of the other model")
         ours = model is None or name in self.__dict__ or hasattr(type(self), name) or name in self._modules
         if ours or not hasattr(model, name):
             super().__setattr__(name, value)

@@ -193,6 +193,12 @@ class SoftPrompt(Saving):
         if obstacle is not None:
             raise ValueError(f"mode={mode!r}: {obstacle}")
         if not served.packed:
+            if (
+                lengths is not None
+                and batch.attention_mask is None
+                and any(int(one) != input_ids.shape[-1] for one in lengths)
+            ):
+                raise ValueError("lengths tells of padding, and no attention_mask says where it is: give it, too")
             if lengths is not None and not flattened and mode != "auto":
                 raise ValueError(f"lengths is for mode='packed'; in mode={mode!r} no row is dropped")
             lengths = None
@@ -278,11 +284,13 @@ class SoftPrompt(Saving):
         return self._of_loss(goes_by_items)
 
     def _of_loss(self, check: Callable[[Any, ModelInfo], Found]) -> Found:
-        """What `check` finds out of the model, once for each loss function and head that it is given."""
+        """What `check` finds out of the model, once for each loss function, head, forward and hooks that it has."""
         model = unwrapped(self.model)
-        parts = getattr(model, "loss_function", None), model.get_output_embeddings()
+        hooks = *model._forward_hooks.values(), *model._forward_pre_hooks.values(), vars(model).get("forward")
+        parts = getattr(model, "loss_function", None), model.get_output_embeddings(), *hooks
         found = self._loss_found.get(check.__name__)
-        if found is None or any(one is not other for one, other in zip(found[0], parts)):
+        same = found is not None and len(found[0]) == len(parts)
+        if found is None or not same or any(one is not other for one, other in zip(found[0], parts)):
             found = self._loss_found[check.__name__] = parts, check(self.model, self._info)
         return found[1]  # type: ignore[no-any-return]
 

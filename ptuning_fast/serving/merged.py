@@ -63,6 +63,7 @@ def save(
         one = virtual_tokens.in_front(with_tokens, prompt, post_processor=post_processor)
         virtual_tokens.save(one, folder / name if bank else folder, own if post_processor else [], tokenizer)
         strings[name] = "".join(prompt) + before
+        virtual_tokens.warn_of_chats(one, own, tokenizer)
         if not post_processor:
             virtual_tokens.warn_of_strings(one, strings[name], own, tokenizer)
     saved.save_pretrained(folder, state_dict=state)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
-__all__ = ["added", "in_front", "save", "text_before", "warn_of_strings"]
+__all__ = ["added", "in_front", "save", "text_before", "warn_of_chats", "warn_of_strings"]
 
 _TEXTS = ("Virtual tokens stand before the text.", "naïve  42\n")  # what a saved tokenizer is compared on
 
@@ -101,6 +101,23 @@ def warn_of_strings(tokenizer: Any, before: str, ids: list[int], original: Any) 
         warnings.warn(
             f"{type(tokenizer).__name__} gives other tokens for a text that stands behind special tokens in a string "
             f"({found[len(ids) :][:5]}, not {expected[len(ids) :][:5]}): give such runtimes token ids",
+            stacklevel=4,
+        )
+
+
+def warn_of_chats(tokenizer: Any, ids: list[int], original: Any) -> None:
+    """A warning where a chat is tokenized otherwise behind the prompt's tokens, which its template begins with."""
+    chat = [{"role": "user", "content": _TEXTS[0]}]
+    try:
+        expected = ids + original.apply_chat_template(chat)["input_ids"]
+    except Exception:  # no template, or one that wants another chat
+        return
+    found = tokenizer.apply_chat_template(chat)["input_ids"]
+    if found != expected:
+        warnings.warn(
+            f"{type(tokenizer).__name__} gives other tokens for a chat that stands behind special tokens "
+            f"({found[len(ids) :][:5]}, not {expected[len(ids) :][:5]}): begin its template with a special token, and "
+            "train with that, or give runtimes token ids",
             stacklevel=4,
         )
 

@@ -59,17 +59,18 @@ def test_rows_of_prompts_and_completions(language_model, pairs_file, rows):
 
 
 def test_rows_of_texts(language_model, tmp_path):
-    """A .txt file is one text, and a text is cut into rows; nothing is lost, and every token has its label."""
+    """A .txt file is one text, and a text is cut into rows; nothing is lost, and every token but a row's first has
+    its label."""
     (tmp_path / "prose.txt").write_text("One line.\nAnother one,\n\nand the last.\n")
     lm, tokenizer = task("--model", language_model, "--train-file", str(tmp_path / "prose.txt"), "--max-length", "8")
     made = lm.rows(lm.read(str(tmp_path / "prose.txt")), tokenizer)
     assert [len(row["input_ids"]) for row in made[:-1]] == [8] * (len(made) - 1) and len(made) > 2
-    assert all(row["labels"] == row["input_ids"] for row in made)
+    assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in made)
     ids = [token for row in made for token in row["input_ids"]]
     assert tokenizer.decode(ids) == "One line.\nAnother one,\n\nand the last.</s>"
     (tmp_path / "texts.csv").write_text("text\nOne\nTwo\n")
     made = lm.rows(lm.read(str(tmp_path / "texts.csv")), tokenizer)
-    assert [tokenizer.decode(row["labels"]) for row in made] == ["One</s>", "Two</s>"]
+    assert [tokenizer.decode(row["input_ids"]) for row in made] == ["One</s>", "Two</s>"]
 
 
 def test_which_columns_are_taken(tmp_path):

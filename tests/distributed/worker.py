@@ -43,17 +43,22 @@ def frozen(name, class_name=None):
     return model.train()
 
 
+def labels_of(ids, mask):
+    """Every token but the first of each text, padded on the right."""
+    return ids.masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)
+
+
 class Causal(PromptedModel):
     def __init__(self, model, mode):
         torch.manual_seed(1)
         super().__init__(model, zoo.M, mode=mode)
 
     def loss(self, texts):
-        """The mean over the texts' tokens, times their number."""
+        """The mean over the texts' labels, times their number."""
         ids, mask = zoo.padded(TEXTS[texts], "right")
-        return self(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss * mask.sum()
+        return self(ids, mask, labels=labels_of(ids, mask)).loss * mask[:, 1:].sum()
 
-    total = sum(map(len, TEXTS))
+    total = sum(len(text) - 1 for text in TEXTS)
 
 
 class Classifier:
@@ -123,8 +128,8 @@ def beside(prompt, module):
 
     def loss(texts):
         ids, mask = zoo.padded(TEXTS[texts], "right")
-        inputs = prompt(ids, mask, labels=ids.masked_fill(mask == 0, -100), mode=module.mode)
-        return module.model(**inputs).loss * mask.sum()
+        inputs = prompt(ids, mask, labels=labels_of(ids, mask), mode=module.mode)
+        return module.model(**inputs).loss * mask[:, 1:].sum()
 
     return loss
 
@@ -151,7 +156,7 @@ def ddp_both(mode):
 
     def loss(texts):
         ids, mask = zoo.padded(TEXTS[texts], "right")
-        return wrapped(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss * mask.sum()
+        return wrapped(ids, mask, labels=labels_of(ids, mask)).loss * mask[:, 1:].sum()
 
     return curve(loss, OWN, module.total, [module.prompt.prompt_embeddings])
 

@@ -41,6 +41,18 @@ def test_buffers_beside_what_is_trained():
     assert torch.equal(other[1].running_mean, one[1].running_mean)
 
 
+def test_buffers_of_modules_without_parameters():
+    """A normalisation without a scale."""
+
+    def module():
+        return trained_only(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)))
+
+    one, other = module(), module()
+    one(torch.randn(8, 4))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other[1].running_mean, one[1].running_mean)
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "VeRA"])
 def test_frozen_parts_of_an_adapter(kind):
     """LoRA-FA freezes A, which is drawn at random; VeRA has both as buffers."""

@@ -11,6 +11,8 @@ from torch import nn
 
 from ptuning_fast import SoftPrompt
 from ptuning_fast.models import describe
+from ptuning_fast.modes import mode_for
+from ptuning_fast.op import Prompt
 from ptuning_fast.prompt import loss
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
@@ -50,6 +52,11 @@ def last_rows(prompt):
     return loss.last_rows(prompt.model, describe(prompt.model))
 
 
+def part_of(prompt):
+    path = last_rows(prompt).path
+    return prompt.model.get_submodule(".".join(path)) if path else None
+
+
 @pytest.fixture
 def rows_seen(monkeypatch):
     """How many rows the feed-forwards of a model are given, the last one's last."""
@@ -86,8 +93,7 @@ def test_fewer_rows(rows_seen, mode, checkpointed):
 def test_families(name):
     model = zoo.build(name)
     prompt = check(model, "prepend")
-    part = last_rows(prompt).part
-    assert type(part).__name__.endswith("MLP") and served(prompt, model) is not model
+    assert type(part_of(prompt)).__name__.endswith("MLP") and served(prompt, model) is not model
 
 
 @pytest.mark.parametrize("name", ["OPT", "Bloom"])
@@ -104,7 +110,7 @@ def test_a_part_that_is_one_layer_of_a_feed_forward():
     torch.manual_seed(0)
     model = transformers.BioGptForCausalLM(transformers.BioGptConfig(vocab_size=99, **sizes)).requires_grad_(False)
     prompt = check(model.eval(), "prepend")
-    assert last_rows(prompt).part.out_features == 48
+    assert part_of(prompt).out_features == 48
 
 
 class Shifted(nn.Module):
@@ -123,7 +129,7 @@ def test_rows_that_see_each_other(weight):
     model = zoo.build("Llama").double()
     model.model.layers[-1].mlp = Shifted(model.model.layers[-1].mlp, weight)
     prompt = check(model, "prepend")
-    assert not isinstance(last_rows(prompt).part, Shifted)
+    assert not isinstance(part_of(prompt), Shifted)
 
 
 def test_the_model_as_it_is_where_it_would_not_be_the_same():
@@ -143,7 +149,7 @@ def test_the_model_as_it_is_where_it_would_not_be_the_same():
     assert served() is model
     model.config.output_router_logits = False
     last = model.model.layers[-1]
-    last.mlp.dropout = nn.Dropout(0.5).eval()
+    last.mlp.p = 0.5  # as dropout has it
     assert served() is not model
     model.train()
     assert served() is model
@@ -152,6 +158,42 @@ def test_the_model_as_it_is_where_it_would_not_be_the_same():
     assert served() is model, "another part stands there now"
     del model.model.layers[-1]
     assert served() is model
+
+
+@pytest.mark.parametrize("change", ["appended", "norm", "inside", "hook", "norm's forward"])
+def test_what_changes_behind_the_part_is_noticed(change):
+    """Whatever stands there at the first call is what was probed."""
+    model = zoo.build("Llama")
+    prompt = check(model)
+    layers, norm = model.model.layers, model.model.norm
+    if change == "appended":
+        layers.append(copy.deepcopy(layers[0]))
+        layers[-1].self_attn.layer_idx = 3
+        model.config.num_hidden_layers = 4
+        model.config.layer_types = ["full_attention"] * 4
+    elif change == "norm":
+        model.model.norm = nn.Sequential(Shifted(norm, 1))
+    elif change == "inside":
+        layers[-1].mlp.down_proj = Shifted(layers[-1].mlp.down_proj, 1)
+    elif change == "hook":
+        norm.register_forward_hook(lambda module, given, out: out + out.mean(1, keepdim=True))
+    else:
+        norm.forward = lambda hidden: hidden + hidden.mean(1, keepdim=True)
+    ids, mask, labels = batch()
+    found = prompt.loss(ids, mask, labels=labels, mode="prepend")
+    assert torch.allclose(found, model(**prompt(ids, mask, labels=labels)).loss, rtol=1e-5)
+
+
+def test_noise_that_is_no_dropout():
+    model = zoo.build("Llama")
+    parts = last_rows(check(model))
+    model.model.layers[-1].mlp.jitter_noise = 0.1
+    assert parts.of(model, torch.arange(2), N) is not model
+    model.train()
+    assert parts.of(model, torch.arange(2), N) is model
+    assert "dropout or noise" in mode_for("shared", zoo.build("Llama"), describe(model)).obstacle(
+        model, Prompt(torch.ones(2, 4))
+    )
 
 
 def test_copies():

@@ -195,23 +195,32 @@ def test_a_model_that_was_not_prepared_gives_no_result(name, attention):
     assert zoo.rows_out(copied, inputs).isnan().all()
 
 
-def test_an_attention_function_of_somebodys_own(monkeypatch):
-    """Registered as sdpa: plain calls go on with it, whether a model was packed or not, and packed ones are refused."""
-    from transformers import AttentionInterface
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("what", ["attention", "mask"])
+def test_an_attention_of_somebodys_own(monkeypatch, name, what):
+    """Registered by a known name: plain calls go on with it, of packed models, too; packed calls are refused."""
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def twice(*args, **kwargs):
         out, weights = sdpa_attention_forward(*args, **kwargs)
         return out * 2, weights
 
+    def far(*args, **kwargs):
+        kwargs["mask_function"] = lambda b, h, q, k: (q >= k) & (q - k < 2)
+        return getattr(masking_utils, f"{name}_mask")(*args, **kwargs | {"allow_is_causal_skip": False})
+
     ids, mask = zoo.padded(zoo.texts(), "right")
-    model, served = zoo.build("Llama"), zoo.build("Llama")
+    model, served = (zoo.build("Llama", attn_implementation=name) for _ in range(2))
     SoftPrompt(served, 2)(ids, mask, mode="packed")
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", twice)
+    registry, function = {"attention": (AttentionInterface, twice), "mask": (AttentionMaskInterface, far)}[what]
+    before = model(ids, mask).logits
+    monkeypatch.setitem(registry._global_mapping, name, function)
+    assert not torch.allclose(model(ids, mask).logits, before)
     assert torch.equal(served(ids, mask).logits, model(ids, mask).logits)
     for one in (model, served):
         prompt = SoftPrompt(one, 2)
-        with pytest.raises(ValueError, match="attention function of their own as 'sdpa'"):
+        with pytest.raises(ValueError, match=f"of their own as '{name}'"):
             prompt(ids, mask, mode="packed")
         assert "attention_mask" in prompt(ids, mask, mode="auto")
 

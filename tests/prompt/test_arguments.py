@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -179,6 +180,54 @@ def test_a_loss_that_a_class_computes_by_itself():
     expected = model(**prompt(ids, mask, labels=labels)).loss
     assert same(prompt.loss(ids, mask, labels=labels), expected)
     assert same(PromptedModel(model, 3, prompt=prompt)(ids, mask, labels=labels).loss, expected)
+
+
+def test_a_forward_that_somebody_has_replaced():
+    model = zoo.build("Llama")
+    prompt, (ids, mask, labels) = SoftPrompt(model, 3), batch()
+    prompt.loss(ids, mask, labels=labels)  # what was found out then is not true any more
+    plain = model.forward
+    model.forward = lambda **inputs: transformers.utils.ModelOutput(loss=plain(**inputs).logits[0, -1].logsumexp(-1))
+    assert same(prompt.loss(ids, mask, labels=labels), model(**prompt(ids, mask, labels=labels)).loss)
+
+
+def test_a_hook_that_comes_later():
+    model = zoo.build("Llama")
+    prompt, (ids, mask, labels) = SoftPrompt(model, 3), batch()
+    labels[:, :2] = -100
+    prompt.loss(ids, mask, labels=labels)
+
+    def more(module, given, out):
+        out.loss = out.loss + out.logits.square().mean()
+
+    model.register_forward_hook(more)
+    assert same(prompt.loss(ids, mask, labels=labels, mode="prepend"), model(**prompt(ids, mask, labels=labels)).loss)
+
+
+def test_lengths_without_a_mask():
+    model = zoo.build("BERT", "BertForMaskedLM")
+    prompt, (ids, mask, labels) = SoftPrompt(model, 3), batch()
+    with pytest.raises(ValueError, match="no attention_mask says where it is"):
+        prompt.loss(ids, labels=labels, lengths=mask.sum(1))
+
+
+def test_another_model():
+    prompted = PromptedModel(zoo.build("Llama"), 3)
+    with pytest.raises(ValueError, match="for the model that it was made with"):
+        prompted.model = zoo.build("Llama")
+
+
+@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
+def test_an_adapter_on_the_embeddings_is_trained(how):
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+    options = {"target_modules": ["q_proj"]} | {how: ["embed_tokens"]}
+    model = peft.get_peft_model(zoo.build("Llama"), peft.LoraConfig(r=2, **options))
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the embedding is called
+        prompted = PromptedModel(model, 3)
+        assert sum(parameter.requires_grad for parameter in prompted.parameters()) == trained + 1
+        prompted(*batch()[:2], labels=batch()[2]).loss.backward()
 
 
 def test_lengths_of_generate_count_the_input():

@@ -35,13 +35,15 @@ def test_it_is_called_as_the_model_is(name, mode, side):
         assert same(out.logits[row][mask[row] != 0], expected)
     hidden = prompted.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     assert same(hidden[mask != 0], _hidden(model, prompted.prompt, ids, mask))
-    assert same(out.loss, prompted.prompt.loss(ids, mask, labels=labels, mode=mode))
+    counted = labels.clone()
+    counted[:, :1] = -100  # which the model's own loss leaves out, too
+    assert same(out.loss, prompted.prompt.loss(ids, mask, labels=counted, mode=mode))
     for module in model.modules():
         module.training = False
     prompted.training = True  # without the model's dropout
     in_training = prompted(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=7)
     assert in_training.logits is None
-    count = int((labels != -100).sum())
+    count = int((counted != -100).sum())
     assert same(in_training.loss, out.loss * count / 7)
 
 

@@ -48,6 +48,9 @@ def plain_loop(prompt, batches, steps):
         micro = [
             {key: one[key] for key in one if torch.is_tensor(one[key])} for one in batches[2 * step : 2 * step + 2]
         ]
+        for one in micro:
+            one["labels"] = one["labels"].clone()
+            one["labels"][:, :1] = -100  # no model's loss counts it
         count = sum(int((one["labels"] != -100).sum()) for one in micro)
         total = 0.0
         for one in micro:
@@ -196,15 +199,17 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<end>", eos_token="<end>", padding_side="left")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_sft_trainer(tmp_path, tokenizer, padding_free, checkpointing):
+@pytest.mark.parametrize(
+    ("padding_free", "checkpointing", "whole"),
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, False), (False, False, True)],
+)
+def test_sft_trainer(tmp_path, tokenizer, padding_free, checkpointing, whole):
     """TRL's loss is that of a plain loop: no text has a label on its first token, which TRL leaves out."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     lines = [line for line in Path(__file__).read_text().splitlines() if len(line) > 30][:24]
-    rows = [{"prompt": line[:20], "completion": line[20:]} for line in lines]
+    rows = [{"text": line} if whole else {"prompt": line[:20], "completion": line[20:]} for line in lines]
 
     def built():
         model = zoo.build("Llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
@@ -222,6 +227,22 @@ def test_sft_trainer(tmp_path, tokenizer, padding_free, checkpointing):
 
     losses = plain_loop(built().prompt, batches, 5)
     torch.testing.assert_close(torch.tensor(curve.losses), torch.tensor(losses), rtol=1e-4, atol=1e-4)
+
+
+def test_others_losses_are_over_the_labels_that_they_count(tmp_path):
+    """Trainer's count is of `labels[:, 1:]`; and without virtual tokens all is as without a prompt."""
+    curves = {}
+    for name, module, options in (
+        ("plain", causal(), {}),
+        ("no prompt", PromptedModel(causal(), length=0), {}),
+        ("smoothed", causal(), {"label_smoothing_factor": 0.1}),
+        ("smoothed, no prompt", PromptedModel(causal(), length=0), {"label_smoothing_factor": 0.1}),
+    ):
+        run, curves[name] = trainer(module.requires_grad_(False), tmp_path, max_steps=1, **options)
+        next(iter(module.parameters())).requires_grad_(True)  # something to differentiate by
+        run.train()
+    assert curves["plain"].losses == pytest.approx(curves["no prompt"].losses, abs=1e-4)
+    assert curves["smoothed"].losses == pytest.approx(curves["smoothed, no prompt"].losses, abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
@@ -247,5 +268,5 @@ def test_with_quantised_weights(tmp_path, bits):
     prompted = PromptedModel(model, 3)
     run, curve = trainer(prompted, tmp_path)
     run.train()
-    assert curve.losses[-1] < curve.losses[0] - 0.1
+    assert curve.losses[-1] < curve.losses[0] - 0.3
     assert list(prompted.state_dict()) == ["prompt.prompt_embeddings"]

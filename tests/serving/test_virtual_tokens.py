@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -124,6 +125,15 @@ def test_a_string_that_is_tokenized_otherwise(tmp_path):
         virtual_tokens.warn_of_strings(tokenizer, "".join(TOKENS), ids, original)
     theirs, ids = saved(original, tmp_path)
     assert theirs(TEXT)["input_ids"] == ids + original(TEXT)["input_ids"]  # the post-processor does it right
+    original.chat_template = "user: {{ messages[0].content }}"
+    theirs, ids = saved(original, tmp_path)
+    with pytest.warns(UserWarning, match="gives other tokens for a chat that stands behind special tokens"):
+        virtual_tokens.warn_of_chats(theirs, ids, original)
+    original.chat_template = "{{ bos_token }} user: {{ messages[0].content }}"
+    theirs, ids = saved(original, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        virtual_tokens.warn_of_chats(theirs, ids, original)
 
 
 @pytest.mark.parametrize("post_processor", [True, False])
