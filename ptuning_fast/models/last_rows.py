@@ -41,7 +41,7 @@ class LastRows:
 
     def of(self, model: Any, columns: Tensor, count: int) -> Any:
         """`model`, or a copy that shares all it has and whose outputs are right in `columns` [L] of `count` alone."""
-        if not self.path or 2 * len(columns) > count or getattr(model.config, "output_router_logits", False):
+        if not self.path or not 0 < 2 * len(columns) <= count or getattr(model.config, "output_router_logits", False):
             return model
         try:
             around = _around(model, self.path)

@@ -25,6 +25,7 @@ __all__ = [
     "keeps_labelled_rows",
     "last_rows",
     "on_labelled_rows",
+    "predicting",
 ]
 
 
@@ -33,11 +34,16 @@ def on_labelled_rows(inputs: dict[str, Any]) -> dict[str, Any]:
 
     The same columns are kept in every row; which they are the host is told, which waits for the device.
     """
-    targets = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-    columns = (targets != -100).any(0).nonzero()[:, 0]
+    targets, columns = predicting(inputs["labels"])
     if not 0 < len(columns) < targets.shape[1]:
         return inputs
     return inputs | {"logits_to_keep": columns, "shift_labels": targets[:, columns]}
+
+
+def predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What each row predicts of `labels` [B, S], and the columns [L] that predict any; the host waits for these."""
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return targets, (targets != -100).any(0).nonzero()[:, 0]
 
 
 def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:

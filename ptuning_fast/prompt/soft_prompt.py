@@ -26,6 +26,7 @@ from .loss import (
     keeps_labelled_rows,
     last_rows,
     on_labelled_rows,
+    predicting,
 )
 
 __all__ = ["SoftPrompt"]
@@ -242,16 +243,17 @@ class SoftPrompt(Saving):
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
         inputs |= self.items(num_items_in_batch, labels, attention_mask)
-        if inputs["labels"].shape == inputs["inputs_embeds"].shape[:2]:
-            if is_large(self.model, inputs) and self._of_loss(has_chunks):
-                loss = in_chunks(self.model, inputs)
+        model, shape = self.model, inputs["inputs_embeds"].shape[:2]
+        if inputs["labels"].shape == shape:
+            keeps = self._of_loss(keeps_labelled_rows)
+            if keeps:
+                model = self._of_loss(last_rows).of(model, predicting(inputs["labels"])[1], shape[1])
+            if is_large(model, inputs) and self._of_loss(has_chunks):
+                loss = in_chunks(model, inputs)
                 if loss is not None:
                     return loss
-            if self._of_loss(keeps_labelled_rows):
+            if keeps:
                 inputs = on_labelled_rows(inputs)
-        model = self.model
-        if "logits_to_keep" in inputs:
-            model = self._of_loss(last_rows).of(model, inputs["logits_to_keep"], inputs["inputs_embeds"].shape[1])
         return model(**inputs).loss
 
     def items(

@@ -13,7 +13,7 @@ from ptuning_fast import SoftPrompt
 from ptuning_fast.models import describe
 from ptuning_fast.modes import mode_for
 from ptuning_fast.op import Prompt
-from ptuning_fast.prompt import loss
+from ptuning_fast.prompt import head, loss
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 
@@ -87,6 +87,19 @@ def test_fewer_rows(rows_seen, mode, checkpointed):
     once = seen[:layers]
     assert once[:-1] == [max(once)] * (layers - 1) and once[-1] == (2 if mode == "prepend" else 2 * B)
     assert seen == once + (once[::-1] if checkpointed else [])  # recomputed with as few
+
+
+def test_fewer_rows_in_chunks(rows_seen, monkeypatch):
+    """As where the vocabulary is large."""
+    monkeypatch.setattr(head, "LOGITS", 2 * zoo.V)
+    model = zoo.build("Llama").double()
+    check(model, "prepend")
+    ids, mask, labels = batch()
+    prompt = SoftPrompt(model, zoo.M)
+    prompt.loss(ids, mask, labels=labels, mode="prepend")
+    seen = rows_seen(model)
+    prompt.loss(ids, mask, labels=labels, mode="prepend")
+    assert seen == [zoo.M + N] * 2 + [2]
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3", "GPT-2"])
