@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attention.by_length import groups_of
 from ..models.families import Family, family_of
+from ..models.info import gives_more
 from ..models.probe import quietly
 from ..models.replaced import Called, is_plain, on_the_way, with_module
 
@@ -38,7 +39,8 @@ def prunable(model: Any) -> bool:
 def of_pooled_rows(model: Any, columns: Tensor) -> Any:
     """A copy of `model`, sharing all it has, whose `last_hidden_state` has the pooled rows alone.
 
-    None where somebody has replaced a forward on the way there, which would go past the copy.
+    None where somebody has replaced a forward on the way there, which would go past the copy, or where the model gives
+    the hidden states of its layers, too.
 
     Args:
         columns: [B], the column of each batch row: [B, 1, d] comes out. Of a packed batch [1, T], the rows that are
@@ -48,7 +50,7 @@ def of_pooled_rows(model: Any, columns: Tensor) -> Any:
     assert family is not None and family.part is not None
     path = family.part.split(".")
     *way, part = on_the_way(model, path)
-    if any("forward" in vars(module) for module in way):
+    if gives_more(model) or any("forward" in vars(module) for module in way):
         return None
     columns = columns.long()
     # The last hidden state that was selected from, and its rows: attention and residual share it.

@@ -14,7 +14,8 @@ def trained_only(module: Module) -> Module:
 
     For training loops that save `state_dict()` themselves, such as `transformers.Trainer` around a module that is no
     PreTrainedModel: `Trainer(model=trained_only(FastPTuning(...)), ...)`. What is trained now stays in it when it is
-    frozen later (what is unfrozen later is in it until it is frozen again). Parameters that are tied to another are there once, under its first name, as safetensors want it.
+    frozen later (what is unfrozen later is in it until it is frozen again). Parameters that are tied to another are
+    there once, under its first name, as safetensors want it.
 
     Returns:
         `module` itself.

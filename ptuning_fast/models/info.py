@@ -3,6 +3,7 @@
 import inspect
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..op import Batch
 from .families import family_of
 from .positions import counts_columns, max_positions, position_start, steady_length
 
-__all__ = ["ModelInfo", "describe", "is_a", "unwrapped", "what_draws"]
+__all__ = ["ModelInfo", "describe", "gives_more", "has_decoder", "is_a", "unwrapped", "what_draws"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ModelInfo:
     has_pooler: bool
     adjacent: bool  # the prompt goes next to the text, behind padding on the left; not where a pooler reads column 0
     cache: str | None  # what its forward calls a cache; None: it takes none
+    has_decoder: bool  # an encoder and a decoder
+    finds_images: bool  # positions of images are found in the input_ids, of which a prompt has none
 
     def check_room(self, length: int, input_ids: Tensor) -> None:
         """ValueError where m = `length` and the n of [B, n] are more than the model has positions, or B is 0.
@@ -80,6 +83,15 @@ class ModelInfo:
                 f"models named ...{', ...'.join(_PER_TOKEN)}, so take mode='prepend' (to classify whole texts, "
                 "FastPTuning has mode='packed', too)"
             )
+
+    def check_images(self, names: Iterable[str]) -> None:
+        """ValueError for `names`, of arguments that are tensors, where positions would go by the ids."""
+        for name in names:
+            if self.finds_images and not name.startswith("decoder_"):
+                raise ValueError(
+                    f"{self.name} finds the positions of images in the input_ids, and gets none behind a prompt: "
+                    f"leave {name} out"
+                )
 
     def positions_for(self, attention_mask: Tensor | None) -> int | None:
         """`position_start` where the model takes position_ids and would else count padding."""
@@ -146,11 +158,13 @@ def describe(model: nn.Module) -> ModelInfo:
         steady_length=steady_length(model),
         counts_columns=counts_columns(model),
         pooled=pooled,
-        labels_are_rows=not is_a(model, "ForTokenClassification") and (config.is_encoder_decoder or pooled is not None),
+        labels_are_rows=not is_a(model, "ForTokenClassification") and (has_decoder(model) or pooled is not None),
         per_token=is_a(model, *_PER_TOKEN) and not is_a(model, *_PER_TEXT),
         has_pooler=has_pooler,
         adjacent=not (has_pooler and absolute),
         cache=next((name for name in ("cache", "past_key_values") if name in takes), None),
+        has_decoder=has_decoder(model),
+        finds_images=any(hasattr(one, "get_rope_index") for one in (model, model.base_model)),
     )
 
 
@@ -171,6 +185,20 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_decoder(model: Any) -> bool:
+    """Whether it is an encoder and a decoder, and not the encoder alone of such (whose config may be that of both)."""
+    return model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def gives_more(model: Any) -> bool:
+    """Whether its config asks for the outputs of inner modules, too, which transformers catches by hooks on them."""
+    configs = model.config, model.config.get_text_config()
+    return any(getattr(one, f"output_{name}", False) not in (False, None) for one in configs for name in _CAUGHT)
+
+
+_CAUGHT = ("hidden_states", "attentions", "router_logits")
+
+
 def what_draws(model: nn.Module) -> str | None:
     """The class of a module in `model` that draws at random as it stands: dropout, or noise on a router."""
     for module in model.modules():
@@ -189,15 +217,18 @@ def _refuse(model: Any) -> None:
     name = type(model).__name__
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
         raise TypeError(f"{name} is not a transformers model")
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(model.forward).parameters.keys()
+    if "inputs_embeds" not in takes:
         raise TypeError(f"the forward of {name} takes no inputs_embeds, so no prompt can be prepended")
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
         raise TypeError(
             f"{name} embeds its tokens anew in every layer and needs their input_ids for that; a prompt has none"
         )
-    if is_a(model, "DoubleHeadsModel"):
-        raise TypeError(f"{name} reads the column that mc_token_ids names, which a prompt moves: take ...LMHeadModel")
-    if model.config.is_encoder_decoder and is_a(model, "ForSequenceClassification"):
+    for column in {"mc_token_ids", "question_positions"} & takes:
+        raise TypeError(
+            f"{name} reads columns that {column} names, or finds them in the input_ids; a prompt moves them"
+        )
+    if has_decoder(model) and is_a(model, "ForSequenceClassification"):
         raise TypeError(f"{name} finds the token that it classifies in the input_ids; a prompt has none")
 
 

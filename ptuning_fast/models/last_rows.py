@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .info import unwrapped, what_draws
+from .info import gives_more, unwrapped, what_draws
 from .probe import off_by, quietly, tolerance
 from .replaced import Called, is_plain, on_the_way, with_module
 
@@ -41,7 +41,7 @@ class LastRows:
 
     def of(self, model: Any, columns: Tensor, count: int) -> Any:
         """`model`, or a copy that shares all it has and whose outputs are right in `columns` [L] of `count` alone."""
-        if not self.path or not 0 < 2 * len(columns) <= count or getattr(model.config, "output_router_logits", False):
+        if not self.path or not 0 < 2 * len(columns) <= count or gives_more(unwrapped(model)):
             return model
         try:
             around = _around(model, self.path)

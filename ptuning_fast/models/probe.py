@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..op import Batch, Prompt
 from .families import family_of
+from .info import has_decoder
 
 __all__ = [
     "Outcome",
@@ -187,7 +188,7 @@ def padded(rows: list[list[int]], side: str, padding: int, device: torch.device)
 
 
 def _call(model: Any, inputs: dict[str, Any], ids: Tensor) -> Any:
-    if model.config.is_encoder_decoder:
+    if has_decoder(model):
         inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
     return model(**inputs)
 

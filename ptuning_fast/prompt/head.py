@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.info import ModelInfo, unwrapped
+from ..models.info import ModelInfo, gives_more, unwrapped
 from ..models.probe import ordinary_tokens, quietly
 from ..models.replaced import Called, is_plain, on_the_way, with_module
 from .loss import is_of_tokens
@@ -38,14 +38,14 @@ def in_chunks(model: Any, inputs: dict[str, Any], most: int | None = None) -> Te
     """What `model(**inputs).loss` is, a scalar, for `labels` [B, S]; how many there are the host is told, and waits.
 
     None where it would not be the same as the model stands: its forward is hooked, compiled or replaced, as by FSDP,
-    parameters of its head are trained, or it adds a loss over routers' choices.
+    parameters of its head are trained, or it gives more than that (its routers' choices, and a loss over them).
     """
     inputs = dict(inputs)
     labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
     base, outputs = unwrapped(model).get_decoder(), []
     path = next(name for name, module in model.named_modules() if module is base).split(".")
 
-    if not is_plain(on_the_way(model, path)[:-1]):
+    if gives_more(unwrapped(model)) or not is_plain(on_the_way(model, path)[:-1]):
         return None
 
     def without_rows(*args: Any, **kwargs: Any) -> Any:
@@ -53,8 +53,6 @@ def in_chunks(model: Any, inputs: dict[str, Any], most: int | None = None) -> Te
         return type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state[:, :0])
 
     body = with_module(model, path, Called(without_rows))
-    if getattr(model.config, "output_router_logits", False):
-        return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in body.parameters()):
         return None
     body(**inputs)

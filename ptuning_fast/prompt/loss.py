@@ -6,7 +6,6 @@ transformers' heads take the rows as `logits_to_keep`, its causal loss the label
 (loss/loss_utils.py); whatever a head does to its logits (softcap, scale) is still done by it.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..models.info import ModelInfo, unwrapped
 from ..models.last_rows import LastRows
 from ..models.probe import ordinary_tokens, quietly
+from ..models.replaced import Called, with_module
 
 __all__ = [
     "check_counted",
@@ -47,7 +47,10 @@ def predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
-    """Whether the loss of `on_labelled_rows` is the model's: it takes both arguments, and gives the same for a text."""
+    """Whether the loss of `on_labelled_rows` is the model's: it takes both arguments, and gives the same for a text.
+
+    And it reads no other rows, as one over the size of all logits (Bamba's z-loss) does: those are NaN then.
+    """
     inner = unwrapped(model)
     if not {"logits_to_keep", "labels"} <= info.takes or not is_of_tokens(model):
         return False
@@ -56,9 +59,25 @@ def keeps_labelled_rows(model: Any, info: ModelInfo) -> bool:
     with quietly(inner):
         try:
             whole, kept = (inner(**inputs).loss.float() for inputs in (given, on_labelled_rows(given)))
+            alone = _without_other_rows(inner, predicting(labels)[1])(**given).loss.float()
         except Exception:  # whatever a loss makes of arguments that it does not know
             return False
-    return torch.allclose(whole, kept, rtol=1e-4 if inner.dtype == torch.float32 else 2e-3)
+    most = 1e-4 if inner.dtype == torch.float32 else 2e-3
+    return torch.allclose(whole, kept, rtol=most) and torch.allclose(whole, alone, rtol=most)
+
+
+def _without_other_rows(model: Any, columns: Tensor) -> Any:
+    """`model`, whose head gives NaN but in `columns`."""
+    head = model.get_output_embeddings()
+    path = next((name for name, module in model.named_modules() if module is head), "")
+    if head is None or not path:
+        return model
+
+    def on_columns(*args: Any, **kwargs: Any) -> Tensor:
+        logits = head(*args, **kwargs)
+        return torch.full_like(logits, float("nan")).index_copy(1, columns, logits[:, columns])
+
+    return with_module(model, path.split("."), Called(on_columns))
 
 
 def last_rows(model: Any, info: ModelInfo) -> LastRows:
@@ -67,13 +86,30 @@ def last_rows(model: Any, info: ModelInfo) -> LastRows:
     return LastRows(model, on_labelled_rows({"input_ids": ids, "labels": labels}))
 
 
-def has_causal_loss(model: Any) -> bool:
-    """Whether the loss of a token's label is that of the row before it, as transformers computes it."""
+def has_causal_loss(model: Any, info: ModelInfo) -> bool:
+    """Whether the loss of a token's label is that of the row before it, as transformers computes it.
+
+    A first label counts for nothing then. Where it counts, the model has a loss of its own: Bart's decoder, XLNet.
+    """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     inner = unwrapped(model)
-    takes_labels = "labels" in inspect.signature(inner.forward).parameters and not inner.config.is_encoder_decoder
-    return takes_labels and _is_transformers_own(inner) and getattr(inner, "loss_function", None) is ForCausalLMLoss
+    takes_labels = "labels" in info.takes and not info.has_decoder
+    if not takes_labels or not _is_transformers_own(inner):
+        return False
+    if getattr(inner, "loss_function", None) is not ForCausalLMLoss:
+        return False
+    ids, labels = _short_text(inner)
+    with quietly(inner):
+        try:
+            one, two = (inner(input_ids=ids, labels=one).loss for one in (labels, _with_first(labels, ids)))
+            return torch.allclose(one, two, rtol=1e-5)
+        except Exception:  # whatever a model that needs more than ids does
+            return True
+
+
+def _with_first(labels: Tensor, ids: Tensor) -> Tensor:
+    return torch.cat([ids[:, :1], labels[:, 1:]], 1)
 
 
 def is_of_tokens(model: Any) -> bool:
@@ -93,7 +129,7 @@ def goes_by_items(model: Any, info: ModelInfo) -> bool:
     """Whether the loss of a short text depends on `num_items_in_batch`, by which a sum is then divided."""
     inner = unwrapped(model)
     ids, _ = _short_text(inner)
-    of_row = info.labels_are_rows and not inner.config.is_encoder_decoder
+    of_row = info.labels_are_rows and not info.has_decoder
     given = {"input_ids": ids, "labels": torch.zeros_like(ids[:, 0] if of_row else ids)}
     with quietly(inner):
         try:

@@ -15,7 +15,6 @@ from ..files.checkpoint import trained_only
 from ..models import unwrapped
 from ..models.info import is_a
 from ..modes.flattened import FLATTENED
-from .loss import has_causal_loss
 from .soft_prompt import LaidOut, SoftPrompt
 
 if TYPE_CHECKING:
@@ -118,12 +117,12 @@ class PromptedModel(nn.Module):
         """
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
         self._check(input_ids, kwargs)
-        if labels is not None and labels.shape == input_ids.shape and has_causal_loss(self.model):
+        if labels is not None and labels.shape == input_ids.shape and self.prompt.has_causal_loss:
             labels = labels.clone()
             labels[:, :1] = -100
         given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, self._mode_for(kwargs))
         nothing_else = all(value is None or name in _NO_MATTER for name, value in kwargs.items())
-        if labels is not None and self.training and has_causal_loss(self.model) and nothing_else:
+        if labels is not None and self.training and self.prompt.has_causal_loss and nothing_else:
             from transformers.modeling_outputs import CausalLMOutput
 
             return CausalLMOutput(loss=self.prompt.loss(*given, num_items_in_batch=num_items_in_batch, **flattened))
@@ -142,8 +141,9 @@ class PromptedModel(nn.Module):
         return "prepend" if of_rows or asked else self.mode
 
     def _check(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
-        """ValueError for arguments of the model's that go wrong behind a prompt."""
-        inner = unwrapped(self.model)
+        """ValueError for arguments of the model's that go wrong behind a prompt; a warning where it is not trained."""
+        if self.training and torch.is_grad_enabled():
+            self._check_trained()
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds go past the prompt: give input_ids, or model(**prompt(...)) what you like")
         if kwargs.get("return_dict") is False:
@@ -157,11 +157,16 @@ class PromptedModel(nn.Module):
                 raise ValueError(
                     f"{name} is of columns that a prompt moves, and nobody knows what it is on the prompt's"
                 )
-            if any(hasattr(one, "get_rope_index") for one in (inner, inner.base_model)):
-                raise ValueError(
-                    f"{self._get_name()} finds the positions of images in the input_ids, and gets none behind a "
-                    f"prompt: leave {name} out"
-                )
+            self.prompt.info.check_images([name])
+
+    def _check_trained(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.prompt.parameters()):
+            warnings.warn(
+                "the prompt is frozen, and stays as it is: an adapter that is put around a PromptedModel "
+                "(get_peft_model, TRL's peft_config) freezes all but itself. Give the model its adapter first: "
+                "PromptedModel(get_peft_model(model, ...))",
+                stacklevel=4,
+            )
 
     @property
     def base_model(self) -> Any:
@@ -191,9 +196,9 @@ class PromptedModel(nn.Module):
     def _called(self, model: Any, laid_out: LaidOut, flattened: bool, kwargs: dict[str, Any]) -> "ModelOutput":
         mode, batch, inputs = laid_out
         m, columns = self.prompt.length, inputs["inputs_embeds"].shape[:2]
-        if self.prompt.takes_cache:
+        if self.prompt.info.cache is not None:
             kwargs.setdefault("use_cache", False)
-        of_decoder = unwrapped(self.model).config.is_encoder_decoder
+        of_decoder = self.prompt.info.has_decoder
         for name in _COLUMNS:
             if kwargs.get(name) is not None and not of_decoder:
                 kwargs[name] = kwargs[name] + m
@@ -236,7 +241,7 @@ class PromptedModel(nn.Module):
     @property
     def loss_type(self) -> str | None:
         """For Trainer, which leaves first labels out of its count where the loss does."""
-        return "ForCausalLM" if has_causal_loss(self.model) else getattr(self.model, "loss_type", None)
+        return "ForCausalLM" if self.prompt.has_causal_loss else getattr(self.model, "loss_type", None)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -247,14 +252,17 @@ class PromptedModel(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """As `model.generate`: a decoder's tokens begin with those of `input_ids`, and the prompt is not among them.
 
+        What reads the tokens so far (`repetition_penalty`, `no_repeat_ngram_size`, `bad_words_ids`, ...) sees new ones
+        alone, as behind any `inputs_embeds`; of the first two transformers warns.
+
         Args:
             input_ids, attention_mask: [B, n], padded on the left.
             options: `generate`'s own.
         """
-        if not self.model.config.is_encoder_decoder:
+        if not self.prompt.info.has_decoder:
             self._count_new_tokens(options, input_ids.shape[1])
         out = self.prompt.generate(input_ids, attention_mask, **options)
-        if self.model.config.is_encoder_decoder:
+        if self.prompt.info.has_decoder:
             return out
         new_tokens = out if torch.is_tensor(out) else out.sequences
         before = input_ids.repeat_interleave(len(new_tokens) // len(input_ids), 0)

@@ -61,7 +61,7 @@ class SoftPrompt(Saving):
         encoder_hidden_size, encoder_num_layers, encoder_dropout: of the encoder; d, 2 and 0 by default.
         tokenizer: for `init` as a text: a tokenizer, or the name or folder of one; the model's own by default.
 
-    `prompt_embeddings` is an fp32 parameter, [m, d] or [K, m, d].
+    `prompt_embeddings` is an fp32 parameter, [m, d] or [K, m, d]; `info` has the facts about the model that matter.
     """
 
     model: Any
@@ -84,7 +84,7 @@ class SoftPrompt(Saving):
             raise TypeError(f"length is the number of virtual tokens, an int; it is a {type(length).__name__}")
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
-        self._info = describe(model)
+        self.info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
         self._loss_found: dict[str, tuple[Any, Any]] = {}  # of its loss: with which function, and what
@@ -169,7 +169,7 @@ class SoftPrompt(Saving):
                 "prompt_index chooses from the prompts of num_prompts: "
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
-        info = self._info
+        info = self.info
         info.check_room(self.length, input_ids)
         if info.per_token and not info.labels_are_rows and labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
@@ -182,7 +182,7 @@ class SoftPrompt(Saving):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
-        if self.length == 0 and per_token and has_causal_loss(self.model):
+        if self.length == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
@@ -264,21 +264,16 @@ class SoftPrompt(Saving):
             return {}
         if not self.goes_by_items:
             raise ValueError(
-                f"the loss of {self._info.name} does not go by num_items_in_batch: leave it out, and weigh the "
+                f"the loss of {self.info.name} does not go by num_items_in_batch: leave it out, and weigh the "
                 "batches' losses"
             )
         check_counted(labels, attention_mask)
         return {"num_items_in_batch": num_items_in_batch}
 
     @property
-    def takes_cache(self) -> bool:
-        """Whether the model's forward takes a cache."""
-        return self._info.cache is not None
-
-    @property
-    def per_token(self) -> bool:
-        """Whether the model's outputs are one per token."""
-        return self._info.per_token
+    def has_causal_loss(self) -> bool:
+        """Whether the loss of a token's label is that of the row before it."""
+        return self._of_loss(has_causal_loss)
 
     @property
     def goes_by_items(self) -> bool:
@@ -293,7 +288,7 @@ class SoftPrompt(Saving):
         found = self._loss_found.get(check.__name__)
         same = found is not None and len(found[0]) == len(parts)
         if found is None or not same or any(one is not other for one, other in zip(found[0], parts)):
-            found = self._loss_found[check.__name__] = parts, check(self.model, self._info)
+            found = self._loss_found[check.__name__] = parts, check(self.model, self.info)
         return found[1]  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -321,19 +316,20 @@ class SoftPrompt(Saving):
             options: `generate`'s own.
         """
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
-        decoder = not getattr(self.model.config, "is_encoder_decoder", False)
-        if decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):
+        if not self.info.has_decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):
             warnings.warn(
                 "attention_mask has padding at the end of a row, from which generate goes on: pad on the left "
                 "(tokenizer.padding_side = 'left')",
                 stacklevel=2,
             )
+        own = vars(self.model.generation_config)
+        self.info.check_images(one for one, value in options.items() if torch.is_tensor(value) and one not in own)
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
         copies = copies_of_rows(self.model, options)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
-                self._cached = CachedPrompt(self.model, self._info)
-            self._info.check_room(self.length, input_ids)
+                self._cached = CachedPrompt(self.model, self.info)
+            self.info.check_room(self.length, input_ids)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
         return self.model.generate(**inputs, **options)
@@ -341,7 +337,7 @@ class SoftPrompt(Saving):
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:
             try:
-                self._modes[name] = mode_for(name, self.model, self._info)
+                self._modes[name] = mode_for(name, self.model, self.info)
             except TypeError as error:
                 self._modes[name] = error
         mode = self._modes[name]
