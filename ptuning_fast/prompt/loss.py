@@ -89,7 +89,8 @@ def last_rows(model: Any, info: ModelInfo) -> LastRows:
 def has_causal_loss(model: Any, info: ModelInfo) -> bool:
     """Whether the loss of a token's label is that of the row before it, as transformers computes it.
 
-    A first label counts for nothing then. Where it counts, the model has a loss of its own: Bart's decoder, XLNet.
+    A first label counts for nothing then. Where it counts, or a loss needs more than labels, it is one of the model's
+    own: Bart's decoder, XLNet, BERT in pretraining.
     """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -102,10 +103,10 @@ def has_causal_loss(model: Any, info: ModelInfo) -> bool:
     ids, labels = _short_text(inner)
     with quietly(inner):
         try:
-            one, two = (inner(input_ids=ids, labels=one).loss for one in (labels, _with_first(labels, ids)))
-            return torch.allclose(one, two, rtol=1e-5)
+            losses = [inner(input_ids=ids, labels=one).loss for one in (labels, _with_first(labels, ids))]
         except Exception:  # whatever a model that needs more than ids does
             return True
+    return losses[0] is not None and torch.allclose(*losses, rtol=1e-5)
 
 
 def _with_first(labels: Tensor, ids: Tensor) -> Tensor:

@@ -37,6 +37,22 @@ def test_what_is_not_recognised_runs_in_full():
     assert not build("BERT", prune=True, pooling="mean").prune
 
 
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+def test_an_encoder_that_gives_hidden_states_gives_as_many_later(mode):
+    """transformers catches them by hooks, of which it keeps account in the module."""
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert not FastPTuning(zoo.build("BERT", output_hidden_states=True), 3, mode=mode, prune=True).prune
+    model = zoo.build("BERT")
+    fast = FastPTuning(model, 3, mode=mode, prune=True)
+    whole = FastPTuning(model, 3, mode=mode, prune=False)
+    whole.load_state_dict(fast.state_dict())
+    assert fast.prune and not whole.prune
+    model.config.output_hidden_states = True
+    for _ in range(2):
+        torch.testing.assert_close(fast(ids, mask), whole(ids, mask))
+    assert len(model(ids).hidden_states) == model.config.num_hidden_layers + 1
+
+
 def test_a_changed_architecture_is_not_pruned():
     """The probe finds out what the name does not say: here a layer that mixes the rows behind the attention."""
     model = base("BERT")

@@ -158,6 +158,9 @@ def test_the_model_as_it_is_where_it_would_not_be_the_same():
     handle = model.model.layers[-1].mlp.up_proj.register_forward_hook(lambda *_: None)
     assert served() is model
     handle.remove()
+    model.config.output_hidden_states = True
+    assert served() is model
+    model.config.output_hidden_states = False
     model.config.output_router_logits = True
     assert served() is model
     model.config.output_router_logits = False

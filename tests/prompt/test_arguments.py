@@ -90,6 +90,15 @@ def test_hidden_states_of_classifiers_stand_with_their_tokens(name, side):
         assert same(found[row][batch(side)[1][row] != 0], alone)
 
 
+def test_an_encoder_whose_config_is_that_of_both():
+    kind = transformers.UMT5ForTokenClassification
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": zoo.V}
+    prompted = PromptedModel(kind(kind.config_class(**sizes)), 3).eval()
+    assert prompted.config.is_encoder_decoder
+    ids, mask, _ = batch()
+    assert prompted(ids, mask).logits.shape[:2] == ids.shape
+
+
 def test_encoder_states_have_no_rows_of_the_prompt():
     t5 = PromptedModel(zoo.build("T5"), 3).eval()
     ids, mask, _ = batch()
@@ -149,8 +158,11 @@ def test_images_with_positions_of_their_own_are_refused():
     ids = torch.tensor([[5, 6, 7, 8]])
     assert prompted(ids).logits.shape == (1, 4, 99)
     image = {"pixel_values": torch.zeros(4, 96), "image_grid_thw": torch.tensor([[1, 2, 2]])}
-    with pytest.raises(ValueError, match=r"Qwen2VL.* finds the positions of images in the input_ids"):
-        prompted(ids, **image)
+    for call in (prompted, prompted.generate, prompted.prompt.generate):
+        with pytest.raises(ValueError, match=r"Qwen2VL.* finds the positions of images in the input_ids"):
+            call(ids, **image)
+    stop = {"eos_token_id": torch.tensor([3]), "max_new_tokens": 2, "pad_token_id": 0}
+    assert prompted.eval().generate(ids, torch.ones_like(ids), **stop).shape[1] > 4
 
 
 def test_attention_weights_are_those_of_mode_prepend():
@@ -182,6 +194,33 @@ def test_a_loss_that_a_class_computes_by_itself():
     assert same(PromptedModel(model, 3, prompt=prompt)(ids, mask, labels=labels).loss, expected)
 
 
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "is_decoder": True}
+XLNET = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "dropout": 0.0}
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "more"),
+    [
+        ("BartForCausalLM", BART | {"is_encoder_decoder": False}, {}),
+        ("XLNetLMHeadModel", XLNET, {}),
+        ("BertForPreTraining", BERT, {"next_sentence_label": torch.tensor([0, 1])}),
+    ],
+)
+def test_a_loss_that_is_not_shifted_counts_first_labels(name, settings, more):
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(vocab_size=zoo.V, pad_token_id=0, **settings)).eval()
+    prompted = PromptedModel(model, 3, mode="prepend").eval()
+    ids = torch.stack(zoo.texts([6, 6]))
+    embeds = torch.cat([prompted.prompt.embeddings().expand(2, -1, -1), model.get_input_embeddings()(ids)], 1)
+    labels = torch.cat([torch.full((2, 3), -100), ids], 1)
+    expected = model(inputs_embeds=embeds, labels=labels, **more).loss
+    assert same(prompted(ids, labels=ids, **more).loss, expected)
+    without_first = torch.cat([torch.full((2, 4), -100), ids[:, 1:]], 1)
+    assert not same(model(inputs_embeds=embeds, labels=without_first, **more).loss, expected)
+
+
 def test_a_forward_that_somebody_has_replaced():
     model = zoo.build("Llama")
     prompt, (ids, mask, labels) = SoftPrompt(model, 3), batch()
@@ -209,6 +248,19 @@ def test_lengths_without_a_mask():
     prompt, (ids, mask, labels) = SoftPrompt(model, 3), batch()
     with pytest.raises(ValueError, match="no attention_mask says where it is"):
         prompt.loss(ids, labels=labels, lengths=mask.sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*peft_config.*:UserWarning")
+def test_an_adapter_around_it_freezes_the_prompt():
+    peft = pytest.importorskip("peft")
+    ids, mask, labels = batch()
+    prompted = PromptedModel(zoo.build("Llama"), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompted.train()(ids, mask, labels=labels)
+    adapted = peft.get_peft_model(prompted, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"the prompt is frozen.*PromptedModel\(get_peft_model\(model"):
+        adapted.train()(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def test_another_model():

@@ -5,8 +5,11 @@ import sweep
 import torch
 import torch.nn.functional as F
 import zoo
+from transformers import BambaConfig, BambaForCausalLM
 
 from ptuning_fast import SoftPrompt
+from ptuning_fast.models import describe
+from ptuning_fast.prompt.loss import keeps_labelled_rows
 
 CLASSES = sweep.model_types()
 CAUSAL = ["llama", "qwen3", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "opt", "mixtral", "olmo2"]
@@ -75,6 +78,16 @@ def test_a_head_that_cannot_be_told_has_all_rows(torch_backend):
     ids, mask, labels = batch("last")
     expected = model(**prompt(ids, mask, labels=labels)).loss
     torch.testing.assert_close(prompt.loss(ids, mask, labels=labels), expected, rtol=1e-5, atol=0)
+
+
+def test_a_loss_over_all_logits_has_all_rows(torch_backend):
+    """Bamba's z-loss is too small for the loss of a short text to show it."""
+    sizes = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]}
+    sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for weight in (0.0, 1e-4):
+        config = BambaConfig(vocab_size=zoo.V, num_key_value_heads=2, z_loss_coefficient=weight, **sizes)
+        model = BambaForCausalLM(config).eval().requires_grad_(False)
+        assert keeps_labelled_rows(model, describe(model)) == (weight == 0)
 
 
 def test_models_without_a_causal_loss(torch_backend):
