@@ -17,7 +17,7 @@ def test_one_graph_serves_all_lengths(name, mode, torch_backend):
     prompt = SoftPrompt(model, zoo.M)
     prompt(*zoo.padded(zoo.texts([3, 5]), "right"), mode=mode)  # the model is probed outside
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    for lengths in ([3, 5, 9], [4, 7, 2, 8], [1, 11], [6, 3, 12, 2, 2], [13, 4, 9]):
+    for lengths in ([3, 5, 9], [4, 7, 2, 8], [1, 11], [6, 3, 12, 2, 2]):
         ids, mask = zoo.padded(zoo.texts(lengths), "right")
         gradients = []
         for one in (model, compiled):

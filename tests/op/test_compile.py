@@ -32,7 +32,7 @@ def test_one_graph_serves_all_lengths(layout, dynamic, backend):
         return prepend_prompt(ids, mask, weight=weight, prompt=prompt, labels=ids, **options, **known)
 
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=graphs)
-    for B, n in ((3, 5), (4, 7), (5, 9), (6, 11), (2, 23), (7, 8)):
+    for B, n in ((3, 5), (4, 7), (2, 23), (6, 8)):
         lengths = torch.randint(1, n + 1, (B,))
         lengths[0] = n
         ids, mask = torch.randint(0, 50, (B, n)), (torch.arange(n) < lengths[:, None]).long()
