@@ -4,6 +4,8 @@
     computed:    pad  x_1 .. x_n     [B, n]
 
 transformers' generate takes a filled cache beside `inputs_embeds` of all columns, and runs those that the cache lacks.
+Beside the embeddings it takes the ids of the text, for penalties and whatever else reads the tokens so far.
+
 From call to call they are kept where the caller says so alone: what a model's weights, hooks and adapters were the last
 time cannot be told.
 """
@@ -14,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.generation import GenerationMode
 
 from ..models.embedding import prepend
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import off_by, ordinary_tokens, padded, quietly, tolerance
 from ..op import Batch, Layout, Prompt
 
-__all__ = ["CachedPrompt", "copies_of_rows"]
+__all__ = ["CachedPrompt", "copies_of_rows", "count_new_tokens", "takes_ids"]
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 # Of generate's options those that change the cache, and those beside its config that concern decoding alone.
@@ -84,6 +87,30 @@ def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:
     if option("repetition_penalty") not in (None, 1.0) or any(module.training for module in model.modules()):
         return None
     return max(option("num_beams") or 1, option("num_return_sequences") or 1)
+
+
+def takes_ids(model: Any, options: dict[str, Any]) -> bool:
+    """Whether `model.generate(**options)` decodes by itself: with an assistant it would count the ids as its cache."""
+    settings = copy.copy(options.get("generation_config") or model.generation_config)
+    vars(settings).update({name: value for name, value in options.items() if name in vars(settings)})
+    alone = settings.get_generation_mode(options.get("assistant_model")) in _ALONE
+    return alone and not settings.prefill_chunk_size and options.get("custom_generate") is None
+
+
+_ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
+    """`max_length` and `min_length`, which count the `columns` of what is given, as numbers of new tokens."""
+    settings = options.get("generation_config") or model.generation_config
+    for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        length = options.pop(name, None) or getattr(settings, name, None)
+        if not length or options.get(new, getattr(settings, new, None)) is not None:
+            continue
+        if name == "max_length" and length <= columns:
+            raise ValueError(f"max_length is {length}, and there are {columns} columns already: take max_new_tokens")
+        if length > columns:
+            options[new] = length - columns
 
 
 def _filled(model: Any, info: ModelInfo, prompt: Prompt) -> DynamicCache:

@@ -103,10 +103,10 @@ def has_causal_loss(model: Any, info: ModelInfo) -> bool:
     ids, labels = _short_text(inner)
     with quietly(inner):
         try:
-            losses = [inner(input_ids=ids, labels=one).loss for one in (labels, _with_first(labels, ids))]
+            one, two = (inner(input_ids=ids, labels=given).loss for given in (labels, _with_first(labels, ids)))
         except Exception:  # whatever a model that needs more than ids does
             return True
-    return losses[0] is not None and torch.allclose(*losses, rtol=1e-5)
+    return one is not None and torch.allclose(one, two, rtol=1e-5)
 
 
 def _with_first(labels: Tensor, ids: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..files.checkpoint import trained_only
 from ..models import unwrapped
 from ..models.info import is_a
 from ..modes.flattened import FLATTENED
+from .generate import count_new_tokens
 from .soft_prompt import LaidOut, SoftPrompt
 
 if TYPE_CHECKING:
@@ -252,15 +253,12 @@ class PromptedModel(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """As `model.generate`: a decoder's tokens begin with those of `input_ids`, and the prompt is not among them.
 
-        What reads the tokens so far (`repetition_penalty`, `no_repeat_ngram_size`, `bad_words_ids`, ...) sees new ones
-        alone, as behind any `inputs_embeds`; of the first two transformers warns.
-
         Args:
             input_ids, attention_mask: [B, n], padded on the left.
             options: `generate`'s own.
         """
         if not self.prompt.info.has_decoder:
-            self._count_new_tokens(options, input_ids.shape[1])
+            count_new_tokens(self.model, options, input_ids.shape[1])
         out = self.prompt.generate(input_ids, attention_mask, **options)
         if self.prompt.info.has_decoder:
             return out
@@ -271,18 +269,6 @@ class PromptedModel(nn.Module):
             return sequences
         out.sequences = sequences
         return out
-
-    def _count_new_tokens(self, options: dict[str, Any], n: int) -> None:
-        """`max_length` and `min_length`, which count the n columns of `input_ids`, as numbers of new tokens."""
-        settings = options.get("generation_config") or self.model.generation_config
-        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            length = options.pop(name, None) or getattr(settings, name, None)
-            if not length or options.get(new, getattr(settings, new, None)) is not None:
-                continue
-            if name == "max_length" and length <= n:
-                raise ValueError(f"max_length is {length}, and input_ids have {n} columns already: take max_new_tokens")
-            if length > n:
-                options[new] = length - n
 
     def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """What `SoftPrompt.save_pretrained` writes; of other arguments `is_main_process` alone is heeded."""

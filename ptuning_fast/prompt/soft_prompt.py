@@ -15,7 +15,7 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
-from .generate import CachedPrompt, copies_of_rows
+from .generate import CachedPrompt, copies_of_rows, count_new_tokens, takes_ids
 from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
 from .loss import (
@@ -304,6 +304,9 @@ class SoftPrompt(Saving):
     ) -> Any:
         """What `model.generate(**self(input_ids, attention_mask), **options)` returns: new tokens only.
 
+        But that penalties and whatever else reads the tokens so far see those of the text, too (not where an assistant
+        drafts, or the prompt is prefilled in chunks).
+
         A causal model's keys and values of the prompt are computed once for the batch, not in every row. Where that
         would not be the same (padding on the left with sliding windows, a bank, token types, dropout, another cache, a
         penalty on repetitions, which reads the mask, arguments of the model's forward or a `generation_config` among
@@ -332,7 +335,15 @@ class SoftPrompt(Saving):
             self.info.check_room(self.length, input_ids)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
-        return self.model.generate(**inputs, **options)
+        n = input_ids.shape[1]
+        if not n or self.info.has_decoder or not takes_ids(self.model, options):
+            return self.model.generate(**inputs, **options)
+        count_new_tokens(self.model, options, self.length + n)
+        out = self.model.generate(input_ids=input_ids, **inputs, **options)
+        if torch.is_tensor(out):
+            return out[:, n:]
+        out.sequences = out.sequences[:, n:]
+        return out
 
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:

@@ -297,7 +297,7 @@ def test_lengths_of_generate_count_the_input():
     assert prompted.generate(ids, mask).shape[1] == n + 3
     model.generation_config.eos_token_id = list(range(5, 90))
     assert prompted.generate(ids, mask, min_length=n + 2).shape[1] == n + 3
-    with pytest.raises(ValueError, match="max_length is 2, and input_ids have"):
+    with pytest.raises(ValueError, match="max_length is 2, and there are"):
         prompted.generate(ids, mask, max_length=2)
 
 

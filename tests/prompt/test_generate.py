@@ -9,6 +9,7 @@ import transformers
 import zoo
 
 from ptuning_fast import SoftPrompt
+from ptuning_fast.prompt.generate import takes_ids
 
 CAUSAL = ["GPT-2", "OPT", "Llama", "Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3", "Bloom"]
 OPTIONS = {
@@ -17,6 +18,7 @@ OPTIONS = {
     "two of three beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
     "penalty": {"repetition_penalty": 1.3},
+    "no token twice": {"no_repeat_ngram_size": 1},
     "static cache": {"cache_implementation": "static"},
 }
 
@@ -45,12 +47,50 @@ def test_same_tokens(name, options, side, torch_backend):
     ids, mask = zoo.padded(zoo.texts() if side == "left" else zoo.texts([17]), "left")
     found = []
     for call in (
-        lambda **given: model.generate(**prompt(ids, mask), **given),
+        lambda **given: model.generate(input_ids=ids, **prompt(ids, mask), **given)[:, ids.shape[1] :],
         lambda **given: prompt.generate(ids, mask, **given),
     ):
         torch.manual_seed(0)
         found.append(call(max_new_tokens=6, **OPTIONS[options]))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}, {"max_length": zoo.M + 17 + 3}])
+def test_what_reads_the_tokens_so_far_sees_those_of_the_text(options, torch_backend):
+    model, seen = zoo.build("Llama"), []
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts([17, 3]), "left")
+
+    def processor(tokens, scores):
+        seen.append(tokens.clone())
+        return scores
+
+    options = {"max_new_tokens": 3} | options if "max_length" not in options else options
+    processors = transformers.LogitsProcessorList([processor])
+    new = prompt.generate(ids, mask, logits_processor=processors, min_new_tokens=3, **options)
+    assert new.shape == (2, 3)
+    assert torch.equal(seen[0][:: options.get("num_beams", 1)], ids)
+    if "num_beams" not in options:
+        assert torch.equal(seen[-1], torch.cat([ids, new[:, :-1]], 1))
+    assert torch.equal(new, model.generate(**prompt(ids, mask), min_new_tokens=3, **options))
+    once = prompt.generate(ids, mask, no_repeat_ngram_size=1, max_new_tokens=8)
+    for text, found in zip(ids, once):
+        assert not set(found.tolist()) & set(text.tolist())
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_assistants_are_as_without_ids(sample, torch_backend):
+    """They tell by the number of ids how much of a cache to keep."""
+    model = zoo.build("Llama")
+    prompt, found = SoftPrompt(model, zoo.M), []
+    ids, options = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]]), {"prompt_lookup_num_tokens": 2, "do_sample": sample}
+    for call in (lambda **o: model.generate(**prompt(ids), **o), lambda **o: prompt.generate(ids, **o)):
+        torch.manual_seed(0)
+        found.append(call(max_new_tokens=12, **options))
+    assert torch.equal(*found)
+    assert not takes_ids(model, options) and takes_ids(model, {"do_sample": True})
+    assert not takes_ids(model, {"assistant_model": model}) and not takes_ids(model, {"prefill_chunk_size": 4})
+    assert not takes_ids(model, {"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=2)})
 
 
 def test_the_prompt_runs_once_for_a_batch_and_nothing_is_kept(torch_backend):

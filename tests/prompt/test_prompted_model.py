@@ -215,7 +215,7 @@ def test_what_would_go_past_the_prompt():
     assert not hasattr(prompted, "generate_batch")
     ids, mask = zoo.padded(zoo.texts(), "left")
     assert prompted.generate(ids, mask, max_length=ids.shape[1] + 4).shape[1] == ids.shape[1] + 4
-    with pytest.raises(ValueError, match="max_length is 9, and input_ids have 17 columns already"):
+    with pytest.raises(ValueError, match="max_length is 9, and there are 17 columns already"):
         prompted.generate(ids, mask, max_length=9)
     peft = pytest.importorskip("peft")
     lora = peft.get_peft_model(zoo.build("Llama"), peft.LoraConfig(target_modules=["lm_head"], r=2))
