@@ -25,7 +25,7 @@ def added(tokenizer: Any, tokens: list[str]) -> tuple[Any, list[int]]:
 
     Raises:
         TypeError: a tokenizer without a `tokenizers` backend ("fast").
-        ValueError: a token that is in its vocabulary already.
+        ValueError: a token that is in its vocabulary already; ids that have a gap, so that new tokens get old ids.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
@@ -38,7 +38,21 @@ def added(tokenizer: Any, tokens: list[str]) -> tuple[Any, list[int]]:
         raise ValueError(f"the tokenizer has a token {taken[0]} already: give the prompt another name (names=[...])")
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    return tokenizer, tokenizer.convert_tokens_to_ids(tokens)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    _check_new(known, dict(zip(tokens, ids)))
+    return tokenizer, ids
+
+
+def _check_new(known: dict[str, int], new: dict[str, int]) -> None:
+    """ValueError where a new token has an id of a known one: `tokenizers` counts tokens to find a free id."""
+    owners = {number: token for token, number in known.items()}
+    for token, number in new.items():
+        if number in owners:
+            raise ValueError(
+                f"the tokenizer gives {token} the id {number}, which is that of {owners[number]!r}: its {len(known)} "
+                f"tokens have ids up to {max(owners)}, with a gap or a token listed twice; make it with the ids 0 to "
+                f"{max(owners)} all taken, or serve the prompt with SoftPrompt"
+            )
 
 
 def in_front(tokenizer: Any, tokens: list[str], *, post_processor: bool = True) -> Any:

@@ -340,6 +340,20 @@ def test_refusals(tmp_path):
         prompt_for(build()).save_pretrained_merged(tmp_path / "refused", AutoTokenizer.from_pretrained(tmp_path))
 
 
+def test_ids_with_a_gap(tmp_path):
+    """`tokenizers` hands out the number of tokens as the next id, which is a token's."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "a": 5, "b": 6, "c": 7}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    gap = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\ncat\nthe\ndog\n")
+    doubled = transformers.BertTokenizerFast.from_pretrained(tmp_path)
+    for tokenizer, owner in ((gap, "'a'"), (doubled, "'dog'")):
+        prompt = prompt_for(zoo.build("Llama", vocab_size=len(tokenizer) + 4, pad_token_id=0))
+        with pytest.raises(ValueError, match=rf"the id \d, which is that of {owner}: its . tokens have ids up to ., "):
+            prompt.save_pretrained_merged(tmp_path / "refused", tokenizer)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_the_models_own_folder_and_another_models_tokenizer(tmp_path):
     """The base would be gone, or other tokens be overwritten."""
     tokenizer = byte_level()
