@@ -87,6 +87,8 @@ def save(tokenizer: Any, folder: Path, before: list[int], original: Any) -> None
     """
     from transformers import AutoTokenizer
 
+    for stale in (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")):
+        stale.unlink(missing_ok=True)  # of a checkpoint that was here before: they would be loaded as this one's
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     if before:

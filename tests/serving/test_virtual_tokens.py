@@ -177,6 +177,14 @@ def test_several_templates(tmp_path):
         assert found == ids + original.apply_chat_template(messages, chat_template=name)["input_ids"]
 
 
+def test_templates_of_an_older_folder_are_gone(tmp_path):
+    saved(byte_level(chat={"default": CHAT, "tools": "tools: " + CHAT}), tmp_path)
+    theirs, _ = saved(byte_level(chat="{{ messages[0].content }}"), tmp_path)
+    assert theirs.chat_template.endswith("{{ messages[0].content }}")
+    theirs, _ = saved(byte_level(chat=None), tmp_path)
+    assert theirs.chat_template is None
+
+
 def test_what_does_not_load_is_noticed(tmp_path, monkeypatch):
     """A tokenizer that gives something else once it is loaded."""
     original = byte_level()
