@@ -14,13 +14,17 @@ def trained_only(module: Module) -> Module:
 
     For training loops that save `state_dict()` themselves, such as `transformers.Trainer` around a module that is no
     PreTrainedModel: `Trainer(model=trained_only(FastPTuning(...)), ...)`. What is trained now stays in it when it is
-    frozen later (what is unfrozen later is in it until it is frozen again). Parameters that are tied to another are
-    there once, under its first name, as safetensors want it.
+    frozen later (what is unfrozen later is in it until it is frozen again, or for good if this is called once more).
+    Parameters that are tied to another are there once, under its first name, as safetensors want it.
 
     Returns:
         `module` itself.
     """
-    module.__dict__["_kept"] = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if "_kept" in module.__dict__:
+        module.__dict__["_kept"] |= trained
+        return module
+    module.__dict__["_kept"] = trained
     module.register_state_dict_post_hook(_keep_trained)
     module.register_load_state_dict_pre_hook(_note_prefix)
     module.register_load_state_dict_post_hook(_miss_trained)

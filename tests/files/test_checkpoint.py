@@ -14,6 +14,19 @@ def small():
     return trained_only(FastPTuning(zoo.build("BERT"), 3))
 
 
+@pytest.mark.parametrize("make", [small, lambda: PromptedModel(zoo.build("Llama"), 3)])
+def test_twice_is_once(make):
+    """What is trained by then stays in it, too."""
+    module = make()
+    names = set(module.state_dict())
+    late = next(name for name, parameter in module.named_parameters() if not parameter.requires_grad)
+    module.get_parameter(late).requires_grad_(True)
+    assert trained_only(trained_only(module)) is module
+    module.requires_grad_(False)
+    assert set(module.state_dict()) == {*names, late}
+    module.load_state_dict(module.state_dict())
+
+
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_what_a_module_beside_it_lacks_is_missing(order):
     """By the same names."""
