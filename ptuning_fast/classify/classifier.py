@@ -259,6 +259,9 @@ class FastPTuning(nn.Module):
         `adapter_model.safetensors` holds the tensors and, in its header, the settings, so that the old adapter is
         replaced by the new one in a single step; `adapter_config.json` repeats the settings for people to read. A
         README.md, the hub's model card, says what it is and how to load it, with `figures` as a table.
+
+        Raises:
+            ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
         """
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}

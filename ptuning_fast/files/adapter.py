@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
@@ -23,8 +24,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_writable", "is_another", "kind_of", "load", "read"]
-__all__ += ["replace", "save", "saving"]
+__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_others", "check_writable", "is_another", "kind_of", "load"]
+__all__ += ["read", "replace", "save", "saving"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -44,8 +45,12 @@ def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None
 
     Each file is written under another name, forced to disk and renamed. A crash leaves the old adapter or the new one:
     `load` reads the safetensors file alone, settings included.
+
+    Raises:
+        ValueError: a folder with an adapter of another kind in it, or a model.
     """
     folder, content = Path(folder), as_bytes(tensors, settings)
+    check_others(folder)
     with saving(folder):
         replace(folder / WEIGHTS, content)
         replace(folder / CONFIG, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
@@ -93,10 +98,8 @@ def kind_of(folder: str | Path, settings: dict) -> tuple[str, dict]:
 
     "FastPTuning" or PEFT's name of the kind ("PROMPT_TUNING", "LORA", ...); "" where nothing says it.
     """
-    if not settings:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    config = settings.get("config", settings) if isinstance(settings, dict) else {}
+    settings = settings or _settings_in(Path(folder) / CONFIG)
+    config = settings.get("config", settings)
     config = config if isinstance(config, dict) else {}
     return str(config.get("peft_type") or ("FastPTuning" if "num_labels" in config else "")), config
 
@@ -106,6 +109,27 @@ def is_another(folder: str | Path, kind: str) -> str:
     if not kind:
         return f"{folder} holds no adapter of a known kind"
     return f"{folder} holds a {kind} adapter, which {_LOADED_BY.get(kind, 'peft.PeftModel.from_pretrained')} loads"
+
+
+def check_others(folder: str | Path) -> None:
+    """ValueError where an adapter in `folder` would replace one of another kind, or keep a model there from loading."""
+    kind, _ = kind_of(folder, {})
+    if kind and kind not in _LOADED_BY:
+        raise ValueError(f"{folder} holds a {kind} adapter, which would be replaced: save this one in another folder")
+    if _settings_in(Path(folder, "config.json")).keys() & {"model_type", "architectures"}:  # as transformers writes it
+        raise ValueError(
+            f"{folder} holds a model (config.json), which would not load any more with an adapter beside it: save the "
+            "adapter in another folder"
+        )
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    """What a JSON file says; {} where there is none, or another."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:
@@ -155,6 +179,10 @@ def _checksum(content: bytes) -> bytes:
 def check_writable(folder: str | Path) -> None:
     """Raise OSError now if an adapter cannot be saved in `folder` later."""
     folder = Path(folder)
+    try:
+        check_others(folder)
+    except ValueError as error:
+        raise OSError(str(error)) from None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass

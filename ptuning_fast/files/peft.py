@@ -94,8 +94,13 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
 
     Args:
         rows: [m, d] or [K, m, d], the prompts as the model sees them.
+
+    Raises:
+        ValueError: a folder with an adapter of another kind in it, or a model.
     """
     folder, bank = Path(folder), rows.dim() == 3
+    for place in (folder, *(folder / str(number) for number in range(len(rows) if bank else 0))):
+        adapter.check_others(place)
     tensors = {f"base_model.{name}": tensor for name, tensor in saved.head.items()}
     if not bank:
         tensors["prompt_embeddings"] = rows

@@ -271,14 +271,21 @@ class PromptedModel(nn.Module):
         return out
 
     def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """What `SoftPrompt.save_pretrained` writes; of other arguments `is_main_process` alone is heeded."""
+        """What `SoftPrompt.save_pretrained` writes; of other arguments `is_main_process` alone is heeded.
+
+        What else is trained, such as a LoRA, is warned of; it goes into another folder.
+
+        Raises:
+            ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
+        """
         if not kwargs.get("is_main_process", True):
             return
         head = peft.head_of(self.model, peft.task_of(self.model))
         rest = [name for name, one in self.model.named_parameters() if one.requires_grad and name not in head]
         if rest:
             warnings.warn(
-                f"{rest[0]} is trained, too, and is not written with the prompt: model.save_pretrained keeps it",
+                f"{rest[0]} is trained, too, and is not written with the prompt: model.save_pretrained keeps it, in "
+                "another folder",
                 stacklevel=2,
             )
         self.prompt.save_pretrained(folder, figures=figures)

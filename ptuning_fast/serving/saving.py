@@ -62,6 +62,9 @@ class Saving(nn.Module):
 
         What PEFT does not know of (an encoder, a bank) is in the same file, so that training can go on from here. A
         README.md, the hub's model card, says what it is and how to load it, with `figures` as a table.
+
+        Raises:
+            ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
         """
         rows = self.final_prompt()
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])

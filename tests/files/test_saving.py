@@ -10,7 +10,7 @@ import pytest
 import torch
 import zoo
 
-from ptuning_fast import FastPTuning, SoftPrompt
+from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 from ptuning_fast.files import adapter, peft
 
 pytest.importorskip("fcntl", reason="folders are locked where the system can")
@@ -134,6 +134,55 @@ def test_no_room(tmp_path, old, new):
         prompt.save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert SoftPrompt.from_pretrained(zoo.build("BERT" if new == "classifier" else "Llama"), tmp_path).length == 3
+
+
+def unsaved(folder, module):
+    """Why `module` is not saved in `folder`, where all is as it was."""
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="another folder") as refusal:
+        module.save_pretrained(folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    return str(refusal.value)
+
+
+@pytest.fixture
+def modules():
+    """Whatever is saved as an adapter."""
+    model = zoo.build("Llama")
+    return [
+        SoftPrompt(model, 3),
+        SoftPrompt(model, 3, num_prompts=2),
+        PromptedModel(model, 3),
+        FastPTuning(zoo.build("BERT"), 3),
+    ]
+
+
+def test_an_adapter_of_another_kind_stays(tmp_path, modules):
+    """Its files have the names of ours."""
+    theirs = pytest.importorskip("peft")
+    lora = theirs.get_peft_model(zoo.build("Llama"), theirs.LoraConfig(task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path / "lora")
+    for module in modules:
+        assert unsaved(tmp_path / "lora", module).startswith(f"{tmp_path / 'lora'} holds a LORA adapter, which would")
+    lora.save_pretrained(tmp_path / "bank" / "1")
+    assert "bank/1 holds a LORA adapter" in unsaved(tmp_path / "bank", modules[1])
+    modules[0].save_pretrained(tmp_path / "bank")
+    for module in modules:  # what was ours is replaced
+        module.save_pretrained(tmp_path / "ours")
+    tuned = theirs.get_peft_model(zoo.build("Llama"), theirs.PromptEncoderConfig("CAUSAL_LM", num_virtual_tokens=3))
+    tuned.save_pretrained(tmp_path / "theirs")
+    SoftPrompt.from_pretrained(zoo.build("Llama"), tmp_path / "theirs").save_pretrained(tmp_path / "theirs")
+
+
+def test_a_model_stays_loadable(tmp_path, modules):
+    zoo.build("Llama").save_pretrained(tmp_path)
+    for module in modules:
+        assert unsaved(tmp_path, module).startswith(f"{tmp_path} holds a model (config.json), which would not load")
+    with pytest.raises(OSError, match=r"holds a model \(config.json\)"):
+        adapter.check_writable(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text('{"learning_rate": 0.1}')
+    modules[0].save_pretrained(tmp_path / "mine")
 
 
 MANY = """
