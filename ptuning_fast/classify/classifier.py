@@ -1,5 +1,6 @@
 """FastPTuning: the drop-in for the torch.cat module, a frozen model behind a prompt, and a linear head."""
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,11 +259,19 @@ class FastPTuning(nn.Module):
 
         `adapter_model.safetensors` holds the tensors and, in its header, the settings, so that the old adapter is
         replaced by the new one in a single step; `adapter_config.json` repeats the settings for people to read. A
-        README.md, the hub's model card, says what it is and how to load it, with `figures` as a table.
+        README.md, the hub's model card, says what it is and how to load it, with `figures` as a table. A warning says
+        where the encoder, too, has parameters that are trained.
 
         Raises:
             ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
         """
+        rest = [name for name, one in self.bert.named_parameters(prefix="bert") if one.requires_grad]
+        if rest:
+            warnings.warn(
+                f"{rest[0]} is trained, too, and is not written with the prompt: bert.save_pretrained keeps it, in "
+                "another folder, which from_pretrained takes as model_name",
+                stacklevel=2,
+            )
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}

@@ -218,6 +218,20 @@ def test_save_and_load(minilm, batch, tmp_path):
     assert torch.equal(other(**batch), fast(**batch))
 
 
+def test_trained_parts_of_the_encoder_are_kept_by_itself(tmp_path):
+    """Which is said; the encoder's own files and the adapter's are then the module again."""
+    fast = FastPTuning(small("bert"), 4, 3).eval()
+    fast.bert.encoder.layer[1].output.dense.requires_grad_(True)
+    with torch.no_grad():
+        fast.bert.encoder.layer[1].output.dense.weight.add_(1)
+    with pytest.warns(UserWarning, match=r"bert.encoder.layer.1.output.dense.weight is trained, too, .*another folder"):
+        fast.save_pretrained(tmp_path / "adapter")
+    fast.bert.save_pretrained(tmp_path / "encoder")
+    ids = torch.randint(3, 99, (2, 6))
+    loaded = FastPTuning.from_pretrained(tmp_path / "adapter", tmp_path / "encoder")
+    assert torch.equal(loaded(ids), fast.requires_grad_(False)(ids))
+
+
 def test_loading_what_does_not_fit(minilm, tmp_path):
     FastPTuning(minilm, 4, 3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit.*prompt_embeddings is \[4, 384\].*needs \[4, 32\]"):
