@@ -1,7 +1,7 @@
 """FastPTuning: the drop-in for the torch.cat module, a frozen model behind a prompt, and a linear head."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
+from ..files.base_model import same_name
 from ..models import describe, prepend
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
@@ -288,7 +289,8 @@ class FastPTuning(nn.Module):
 
         Args:
             folder: where the adapter is: a folder, or a repository on the hub ("user/name").
-            model_name: the encoder, where it is not to be had under the name that the adapter was trained with.
+            model_name: the encoder, where it is not to be had under the name that the adapter was trained with. Where
+                the last part of its name is another there is a warning; the weights themselves are not compared.
 
         Raises:
             FileNotFoundError: no adapter in `folder`.
@@ -321,6 +323,12 @@ class FastPTuning(nn.Module):
                     f"the adapter in {folder} does not fit {other}: {key} is {found}, "
                     f"the model needs {list(own[key].shape)} (trained on {trained_on})"
                 )
+        if model_name is not None and name and model.base_model and not _same_encoder(model.base_model, name):
+            warnings.warn(
+                f"the adapter in {folder} was trained on {name}, and this is {model.base_model}: unless they are the "
+                "same encoder under two names, what it predicts means nothing",
+                stacklevel=2,
+            )
         model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)
         model.max_length = min(filter(None, (most, model.max_length)), default=None)
         return model.eval()
@@ -335,6 +343,13 @@ class FastPTuning(nn.Module):
 def _base_model(name: Any) -> str:
     """The name to keep with an adapter: that of a folder must not depend on where it is read from."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else str(name)
+
+
+def _same_encoder(ours: str, theirs: str) -> bool:
+    """Whether two names may be of one encoder; the packaged one has a name and a folder."""
+    with suppress(ImportError):
+        ours, theirs = located(ours), located(theirs)
+    return same_name(ours, theirs)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

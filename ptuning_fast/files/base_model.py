@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..models.info import unwrapped
 from .peft import Saved
 
-__all__ = ["check_base", "load_head"]
+__all__ = ["check_base", "load_head", "same_name"]
 
 
 def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = False) -> None:
@@ -22,7 +22,7 @@ def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = Fa
             f"the prompt in {folder} is {width} wide and the embeddings of {type(model).__name__} are {d}: "
             f"it was trained on another model ({theirs})"
         )
-    if ours and theirs and not any_base and not _same_name(str(ours), str(theirs)):
+    if ours and theirs and not any_base and not same_name(str(ours), str(theirs)):
         raise ValueError(
             f"the prompt in {folder} was trained on {theirs}, and this is {ours}: load that model, or say any_base=True"
         )
@@ -30,8 +30,11 @@ def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = Fa
         raise ValueError(f"the prompt in {folder} was trained on a {config['model_type']}, and this is a {kind}")
 
 
-def _same_name(ours: str, theirs: str) -> bool:
-    """Whether two names may be of one model: hub ids as they are; a folder, which may have moved, by its own name."""
+def same_name(ours: str, theirs: str) -> bool:
+    """Whether two names may be of one model: hub ids as they are; a folder, which may have moved, by its own name.
+
+    So `runA/checkpoint-500` may be `runB/checkpoint-500`.
+    """
     hub_ids = all(name.count("/") == 1 and not Path(name).exists() for name in (ours, theirs))
     return ours == theirs if hub_ids else Path(ours).name == Path(theirs).name
 

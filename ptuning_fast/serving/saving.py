@@ -119,11 +119,12 @@ class Saving(nn.Module):
 
         Args:
             folder: a folder, or a repository on the hub ("user/name").
-            any_base: take an adapter that was trained on a model of another name.
+            any_base: take an adapter that was trained on a model of another name. (Of folders the last part is
+                compared: `runA/checkpoint-500` passes for `runB/checkpoint-500`.)
 
         Raises:
             FileNotFoundError: no adapter in `folder`.
-            ValueError: an adapter of another kind, or for another model.
+            ValueError: an adapter of another kind, or for a model of another name, type or width.
         """
         folder = hub.local(folder)
         saved = peft.load(folder)

