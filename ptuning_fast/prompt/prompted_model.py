@@ -51,6 +51,15 @@ def _signature(function: Callable, model: Any) -> inspect.Signature:
     return inspect.Signature([one.replace(annotation=inspect.Parameter.empty) for one in [*own, *more, rest]])
 
 
+def _perhaps_a_head(model: Any) -> str | None:
+    """Of a class of somebody's own, a parameter outside its base model that is not frozen and no language head's."""
+    if type(model).__module__.startswith("transformers.") or model.base_model is model:
+        return None
+    outputs = model.get_output_embeddings()
+    known = {*model.base_model.parameters(), *(outputs.parameters() if outputs is not None else ())}
+    return next((name for name, one in model.named_parameters() if one.requires_grad and one not in known), None)
+
+
 class PromptedModel(nn.Module):
     """A Hugging Face model behind a trainable prompt, called as the model is: for `transformers.Trainer`, TRL's
     `SFTTrainer`, Accelerate and `pipeline`.
@@ -64,7 +73,8 @@ class PromptedModel(nn.Module):
 
     Args:
         model: a transformers model, quantised or with LoRA as it comes. One whose token embeddings are not frozen yet
-            is frozen, but for a classifier's head, which is trained with the prompt (as PEFT does). One whose
+            is frozen, but for a classifier's head, which is trained with the prompt (as PEFT does). Heads are known by
+            the names of transformers' classes; what may be one in a class of your own is warned of. One whose
             embeddings are frozen, or with an adapter of PEFT's (LoRA), stays as it is, and what is not frozen is
             trained with the prompt.
         length: virtual tokens, m.
@@ -84,8 +94,14 @@ class PromptedModel(nn.Module):
             raise ValueError("prompt is for another model: give the one that it was made with")
         adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
         if not adapted and any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
-            model.requires_grad_(False)
             head = peft.head_of(model, peft.task_of(model))
+            unknown = None if head else _perhaps_a_head(unwrapped(model))
+            if unknown is not None:
+                warnings.warn(
+                    f"{unknown} of {type(unwrapped(model)).__name__} is frozen, as it is not known to be a head: if it "
+                    "is to be trained, call requires_grad_(True) on it after making the PromptedModel",
+                    stacklevel=2,
+                )
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in head)
         self.model = model

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import sweep
@@ -131,6 +132,48 @@ def test_a_classifiers_head_is_trained_and_saved(tmp_path):
     classifier.bert.encoder.layer[0].output.dense.requires_grad_(True)
     with pytest.warns(UserWarning, match="layer.0.output.dense.weight is trained, too, .*in another folder"):
         prompted.save_pretrained(tmp_path)
+
+
+class Toxicity(transformers.BertPreTrainedModel):
+    """A head that no name tells."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert, self.classifier = transformers.BertModel(config), torch.nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None):
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        logits = self.classifier(self.bert(attention_mask=attention_mask, **given).last_hidden_state[:, 0])
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def test_a_head_of_a_class_of_somebodys_own(tmp_path):
+    """Frozen with a warning, and trained once it is not."""
+    model = Toxicity(zoo.build("BERT").config).requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"classifier.weight of Toxicity is frozen.*requires_grad_\(True\) on it"):
+        prompted = PromptedModel(model, 3)
+    assert [name for name, one in prompted.named_parameters() if one.requires_grad] == ["prompt.prompt_embeddings"]
+    model.get_parameter("classifier.weight").requires_grad_(True)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    prompted(ids, mask, labels=torch.zeros(len(ids), dtype=torch.int64)).loss.backward()
+    assert model.classifier.weight.grad.any()
+    assert sorted(prompted.state_dict()) == ["model.classifier.weight", "prompt.prompt_embeddings"]
+    with pytest.warns(UserWarning, match="classifier.weight is trained, too"):
+        prompted.save_pretrained(tmp_path)
+
+
+def test_no_head_is_warned_of_where_none_is_frozen():
+    """One that is frozen already, a language model's, and whatever transformers' own classes have."""
+    frozen_head = Toxicity(zoo.build("BERT").config).requires_grad_(True)
+    frozen_head.classifier.requires_grad_(False)
+    causal = type("Own", (transformers.LlamaForCausalLM,), {"__module__": "own"})
+    models = [zoo.build("BERT", "BertForMaskedLM").requires_grad_(True), causal(zoo.build("Llama").config), frozen_head]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in models:
+            PromptedModel(model, 3)
 
 
 def test_small_checkpoints_of_a_part():
