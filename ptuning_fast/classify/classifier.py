@@ -263,6 +263,8 @@ class FastPTuning(nn.Module):
         README.md, the hub's model card, says what it is and how to load it, with `figures` as a table. A warning says
         where the encoder, too, has parameters that are trained.
 
+        Parameters that FSDP2 has sharded are gathered: every process must then call this, and the first one writes.
+
         Raises:
             ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
         """
@@ -276,8 +278,10 @@ class FastPTuning(nn.Module):
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
-        adapter.save(folder, tensors, settings)
-        card.write_classifier(folder, settings, figures)
+        whole = adapter.whole(tensors)
+        if adapter.is_first(tensors.values()):
+            adapter.save(folder, whole, settings)
+            card.write_classifier(folder, settings, figures)
 
     def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes to the hub, as `SoftPrompt.push_to_hub` does."""

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_others", "check_writable", "is_another", "kind_of", "load"]
-__all__ += ["read", "replace", "save", "saving"]
+__all__ += ["is_first", "read", "replace", "save", "saving", "whole"]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -130,6 +130,21 @@ def _settings_in(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, of which those that are sharded (FSDP2) are gathered: then a call for all processes at once."""
+    sharded: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if _is_sharded(tensor)}
+    return tensors | {name: tensor.detach().full_tensor() for name, tensor in sharded.items()}
+
+
+def is_first(tensors: Iterable[Any]) -> bool:
+    """Whether this process is the one that writes `tensors`: the first of those that they are sharded over, or any."""
+    return not any(any(tensor.device_mesh.get_coordinate() or ()) for tensor in tensors if _is_sharded(tensor))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor's; to import its class takes long
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:

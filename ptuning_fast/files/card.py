@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from . import adapter
+from . import adapter, peft
 
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
@@ -53,7 +53,7 @@ def write_adapter(
     folder: str | Path, model: Any, config: dict[str, Any], settings: dict[str, Any], figures: dict[str, Any] | None
 ) -> None:
     """The card of a soft prompt, from the settings that are saved with it."""
-    base, class_name = config["base_model_name_or_path"] or "", type(model).__name__
+    base, class_name = config["base_model_name_or_path"] or "", peft.class_of(model).__name__
     encoder = settings["encoder"] or {}
     facts = {
         "task": config["task_type"],

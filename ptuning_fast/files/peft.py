@@ -20,7 +20,7 @@ from torch import Tensor
 from ..models.info import is_a, unwrapped
 from . import adapter
 
-__all__ = ["Saved", "head_of", "load", "peft_config", "save", "task_of"]
+__all__ = ["Saved", "class_of", "head_of", "load", "peft_config", "save", "task_of"]
 
 OURS = "ptuning_fast."
 FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
@@ -73,6 +73,11 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inner)}
 
 
+def class_of(model: Any) -> type:
+    """The class of a transformers model, of which FSDP2 makes one of its own."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
+
+
 def task_of(model: Any) -> str:
     """PEFT's word for what a model is for."""
     model = unwrapped(model)
@@ -99,8 +104,8 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
         ValueError: a folder with an adapter of another kind in it, or a model.
     """
     folder, bank = Path(folder), rows.dim() == 3
-    for place in (folder, *(folder / str(number) for number in range(len(rows) if bank else 0))):
-        adapter.check_others(place)
+    for one_of in (folder, *(folder / str(number) for number in range(len(rows) if bank else 0))):
+        adapter.check_others(one_of)
     tensors = {f"base_model.{name}": tensor for name, tensor in saved.head.items()}
     if not bank:
         tensors["prompt_embeddings"] = rows

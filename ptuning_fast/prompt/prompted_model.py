@@ -53,7 +53,7 @@ def _signature(function: Callable, model: Any) -> inspect.Signature:
 
 def _perhaps_a_head(model: Any) -> str | None:
     """Of a class of somebody's own, a parameter outside its base model that is not frozen and no language head's."""
-    if type(model).__module__.startswith("transformers.") or model.base_model is model:
+    if peft.class_of(model).__module__.startswith("transformers.") or model.base_model is model:
         return None
     outputs = model.get_output_embeddings()
     known = {*model.base_model.parameters(), *(outputs.parameters() if outputs is not None else ())}
@@ -98,8 +98,8 @@ class PromptedModel(nn.Module):
             unknown = None if head else _perhaps_a_head(unwrapped(model))
             if unknown is not None:
                 warnings.warn(
-                    f"{unknown} of {type(unwrapped(model)).__name__} is frozen, as it is not known to be a head: if it "
-                    "is to be trained, call requires_grad_(True) on it after making the PromptedModel",
+                    f"{unknown} of {peft.class_of(unwrapped(model)).__name__} is frozen, as it is not known to be a "
+                    "head: if it is to be trained, call requires_grad_(True) on it after making the PromptedModel",
                     stacklevel=2,
                 )
             for name, parameter in model.named_parameters():
@@ -289,12 +289,14 @@ class PromptedModel(nn.Module):
     def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """What `SoftPrompt.save_pretrained` writes; of other arguments `is_main_process` alone is heeded.
 
-        What else is trained, such as a LoRA, is warned of; it goes into another folder.
+        What else is trained, such as a LoRA, is warned of; it goes into another folder. Parameters that FSDP2 has
+        sharded are gathered: every process must then call this, and the first one writes.
 
         Raises:
             ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
         """
         if not kwargs.get("is_main_process", True):
+            self.prompt._kept()  # where it is sharded, all processes gather it
             return
         head = peft.head_of(self.model, peft.task_of(self.model))
         rest = [name for name, one in self.model.named_parameters() if one.requires_grad and name not in head]

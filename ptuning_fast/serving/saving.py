@@ -1,12 +1,13 @@
 """What a trained prompt is written as: an adapter, on the hub too, an ordinary checkpoint, rows for a runtime."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..files import card, hub, peft
+from ..files import adapter, card, hub, peft
 from ..files.base_model import check_base, load_head
 from ..models import unwrapped
 from . import merged
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Saving"]
+
+
+def _whole(encoder: Any) -> Any:
+    """`encoder`, or a copy with whole parameters where they are sharded."""
+    parameters = dict(encoder.named_parameters())
+    gathered = adapter.whole(parameters)
+    if all(gathered[name] is parameter for name, parameter in parameters.items()):
+        return encoder
+    encoder = copy.deepcopy(encoder)
+    for name, tensor in gathered.items():
+        place, _, last = name.rpartition(".")
+        setattr(encoder.get_submodule(place), last, nn.Parameter(tensor))
+    return encoder
 
 
 class Saving(nn.Module):
@@ -28,11 +42,23 @@ class Saving(nn.Module):
     base_model: str
 
     def final_prompt(self) -> Tensor:
-        """The prompt as it is kept: [m, d] or [K, m, d], without the encoder's dropout."""
+        """The prompt as it is kept: [m, d] or [K, m, d], without the encoder's dropout.
+
+        Where FSDP2 has sharded the parameters they are gathered, so every process must call this.
+        """
         with torch.no_grad():
-            return (
-                self.prompt_embeddings if self.encoder is None else self.encoder.without_dropout(self.prompt_embeddings)
-            )
+            prompt = adapter.whole({"": self.prompt_embeddings})[""]
+            return prompt if self.encoder is None else _whole(self.encoder).without_dropout(prompt)
+
+    def _kept(self) -> tuple[peft.Saved, Tensor, bool]:
+        """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
+        # First, as FSDP2 shards for it what a forward has left whole.
+        parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
+        rows = self.final_prompt()
+        config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
+        settings = {"num_prompts": self.num_prompts, "encoder": None if self.encoder is None else self.encoder.settings}
+        saved = peft.Saved(adapter.whole(parameters), adapter.whole(head), config, settings)
+        return saved, rows, adapter.is_first([*parameters.values(), *head.values()])
 
     @torch.no_grad()
     def embeddings_for(self, text_ids: Tensor | list[int], prompt_index: int | None = None) -> Tensor:
@@ -63,15 +89,15 @@ class Saving(nn.Module):
         What PEFT does not know of (an encoder, a bank) is in the same file, so that training can go on from here. A
         README.md, the hub's model card, says what it is and how to load it, with `figures` as a table.
 
+        Parameters that FSDP2 has sharded are gathered: every process must then call this, and the first one writes.
+
         Raises:
             ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
         """
-        rows = self.final_prompt()
-        config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
-        settings = {"num_prompts": self.num_prompts, "encoder": None if self.encoder is None else self.encoder.settings}
-        head = peft.head_of(self.model, config["task_type"])
-        peft.save(folder, peft.Saved(self.state_dict(), head, config, settings), rows)
-        card.write_adapter(folder, unwrapped(self.model), config, settings, figures)
+        saved, rows, first = self._kept()
+        if first:
+            peft.save(folder, saved, rows)
+            card.write_adapter(folder, unwrapped(self.model), saved.config, saved.settings, figures)
 
     def save_pretrained_merged(
         self, folder: str | Path, tokenizer: Any, *, names: list[str] | None = None, post_processor: bool = True

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from ptuning_fast import FastPTuning, PromptedModel
+from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 
 STEPS = 3
 TEXTS = zoo.texts([4, 11, 1, 17])  # the two processes have texts of other lengths, and other numbers of tokens
@@ -184,6 +184,18 @@ def fsdp_both(mode):
     sharded(module.model)
     prompt = fully_shard(module.prompt)
     return curve(beside(prompt, module), OWN, module.total, list(prompt.parameters()))
+
+
+@case("prepend")
+def saved_by_fsdp(mode):
+    """A prompt that FSDP2 has sharded, saved by both processes at once and loaded by each."""
+    module = Causal(frozen("Llama"), mode)
+    fully_shard(module.prompt)
+    folder = Path(sys.argv[1]).with_name("saved")
+    module.save_pretrained(folder)
+    dist.barrier()
+    module.prompt = SoftPrompt.from_pretrained(module.model, folder)
+    return curve(beside(DDP(module.prompt), module), OWN, module.total, [module.prompt.prompt_embeddings])
 
 
 @case("prepend", "packed", "shared")

@@ -8,10 +8,12 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import zoo
+from torch.distributed.fsdp import fully_shard
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
-from ptuning_fast.files import adapter, peft
+from ptuning_fast.files import adapter, classifier, peft
 
 pytest.importorskip("fcntl", reason="folders are locked where the system can")
 
@@ -183,6 +185,45 @@ def test_a_model_stays_loadable(tmp_path, modules):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text('{"learning_rate": 0.1}')
     modules[0].save_pretrained(tmp_path / "mine")
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of one; two are in tests/distributed."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_prompts": 2}, {"encoder": "mlp"}, {"encoder": "lstm"}])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_sharded_prompt(tmp_path, one_process, torch_backend, options, whole):
+    """By itself, and with its model."""
+    model = zoo.build("Llama", "LlamaForSequenceClassification").requires_grad_(True)
+    prompted = PromptedModel(model, 3, **options)
+    before = {name: value.clone() for name, value in prompted.prompt.state_dict().items()}
+    fully_shard(prompted if whole else prompted.prompt)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    if whole:  # which leaves its parameters as one for the backward
+        prompted(ids, mask, prompt_index=torch.tensor([0, 1, 0, 1]) if "num_prompts" in options else None)
+    prompted.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    prompted.save_pretrained(tmp_path)
+    other = zoo.build("Llama", "LlamaForSequenceClassification")
+    other.score.weight.data.zero_()
+    loaded = SoftPrompt.from_pretrained(other, tmp_path)
+    assert before.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+    assert other.score.weight.any()
+    assert "import LlamaForSequenceClassification" in (tmp_path / "README.md").read_text()
+
+
+def test_a_sharded_classifier(tmp_path, one_process):
+    fast = FastPTuning(zoo.build("BERT"), 3)
+    before = {name: fast.get_parameter(name).detach().clone() for name in classifier.TENSORS}
+    fully_shard(fast).save_pretrained(tmp_path)
+    tensors, _ = adapter.load(tmp_path)
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
 
 
 MANY = """
