@@ -259,8 +259,15 @@ class Language:
         if not given[0].shape[1]:
             raise InputError("a text without tokens has nothing that the model could go on from")
         options_ = {"max_new_tokens": options.max_new_tokens or 64, "pad_token_id": tokenizer.pad_token_id}
-        out = model.prompt.generate(*given, do_sample=False, **options_)
+        out = model.prompt.generate(*given, do_sample=False, eos_token_id=_ends(model, tokenizer), **options_)
         return [text.replace("\n", "\\n") for text in tokenizer.batch_decode(out, skip_special_tokens=True)], 0
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that a continuation ends with: the one that training appends, and the model's own."""
+    own = model.prompt.model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ends) or None
 
 
 def _packed_if_possible(encoder: Any, options: Namespace) -> str:

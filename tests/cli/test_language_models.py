@@ -133,6 +133,45 @@ def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     assert capsys.readouterr().out.split("\n")[:-1] == expected
 
 
+@pytest.fixture
+def untrained(language_model, tmp_path):
+    """Folder of a prompt before a copy of the small Llama, its tokenizer, and what they go on with behind a text."""
+    shutil.copytree(language_model, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    torch.manual_seed(0)
+    prompt = SoftPrompt(model, 2)
+    prompt.save_pretrained(tmp_path / "prompt")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+
+    def continued(text, tokens):
+        return prompt.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=tokens, do_sample=False)[0]
+
+    return tmp_path / "prompt", tokenizer, continued
+
+
+def predicted(folder, text, capsys, *options):
+    path = folder / "texts.txt"
+    path.write_text(text)
+    assert main(["predict", "--adapter", str(folder), "--file", str(path), *options]) == 0
+    return capsys.readouterr().out.split("\n")[:-1]
+
+
+def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
+    """At the tokenizer's end, which training appends, as well as at the model's own."""
+    folder, tokenizer, continued = untrained
+    ids = continued("Parse it", 8).tolist()
+    place = next(place for place, token in enumerate(ids) if place > 1 and token not in ids[:place])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[place])
+    tokenizer.save_pretrained(tmp_path / "model")
+    expected = tokenizer.decode(ids[:place]).replace("\n", "\\n")
+    assert predicted(folder, "Parse it", capsys, "--max-new-tokens", "8") == [expected]
+    settings = json.loads((tmp_path / "model/generation_config.json").read_text())
+    for own in (ids[1], [499, ids[1]]):
+        (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": own}))
+        expected = tokenizer.decode(ids[:2], skip_special_tokens=True).replace("\n", "\\n")
+        assert predicted(folder, "Parse it", capsys, "--max-new-tokens", "8") == [expected]
+
+
 def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys):
     """Texts of different lengths, and a last batch that one process has no text of: the losses of one process."""
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text, _ in rows[:51]))
