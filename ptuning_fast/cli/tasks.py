@@ -222,8 +222,7 @@ class Language:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         rows = []
         for place, (prompt, completion) in enumerate(zip(*pairs), 1):
-            before = tokenizer(prompt, verbose=False)["input_ids"]
-            before = before[:-1] if before[-1:] == end else before
+            before = _before(prompt, tokenizer)
             ids = before + tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"] + end
             if prompt and len(before) >= most:
                 raise InputError(
@@ -254,13 +253,20 @@ class Language:
     @staticmethod
     def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> tuple[list[str], int]:
         """What the model goes on with behind each text, its line breaks written as \\n; none is cut."""
-        batch = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+        rows = {"input_ids": [_before(text, tokenizer) for text in texts]}
+        batch = transformers.DataCollatorWithPadding(tokenizer)(rows).to(model.device)
         given = batch["input_ids"], batch["attention_mask"]
         if not given[0].shape[1]:
             raise InputError("a text without tokens has nothing that the model could go on from")
         options_ = {"max_new_tokens": options.max_new_tokens or 64, "pad_token_id": tokenizer.pad_token_id}
         out = model.prompt.generate(*given, do_sample=False, eos_token_id=_ends(model, tokenizer), **options_)
         return [text.replace("\n", "\\n") for text in tokenizer.batch_decode(out, skip_special_tokens=True)], 0
+
+
+def _before(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of what is to be continued: without the end that some tokenizers add."""
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int] | None:

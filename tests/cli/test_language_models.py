@@ -14,6 +14,7 @@ import safetensors
 import torch
 import zoo
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
@@ -115,7 +116,7 @@ def test_train_and_predict(language_model, pairs_file, rows, tmp_path, capsys):
     ids = prompt.generate(
         batch["input_ids"], batch["attention_mask"], max_new_tokens=5, do_sample=False, pad_token_id=0
     )
-    expected = [text.replace("\n", "\\n") for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    expected = [written(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     assert capsys.readouterr().out.split("\n")[:-1] == expected
     shutil.copytree(language_model, tmp_path / "elsewhere")
     assert main([*predict, "--model", str(tmp_path / "elsewhere")]) == 0
@@ -149,6 +150,11 @@ def untrained(language_model, tmp_path):
     return tmp_path / "prompt", tokenizer, continued
 
 
+def written(text):
+    """A continuation on its line."""
+    return text.replace("\n", "\\n")
+
+
 def predicted(folder, text, capsys, *options):
     path = folder / "texts.txt"
     path.write_text(text)
@@ -163,13 +169,25 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
     place = next(place for place, token in enumerate(ids) if place > 1 and token not in ids[:place])
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[place])
     tokenizer.save_pretrained(tmp_path / "model")
-    expected = tokenizer.decode(ids[:place]).replace("\n", "\\n")
+    expected = written(tokenizer.decode(ids[:place]))
     assert predicted(folder, "Parse it", capsys, "--max-new-tokens", "8") == [expected]
     settings = json.loads((tmp_path / "model/generation_config.json").read_text())
     for own in (ids[1], [499, ids[1]]):
         (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": own}))
-        expected = tokenizer.decode(ids[:2], skip_special_tokens=True).replace("\n", "\\n")
+        expected = written(tokenizer.decode(ids[:2], skip_special_tokens=True))
         assert predicted(folder, "Parse it", capsys, "--max-new-tokens", "8") == [expected]
+
+
+def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
+    """Where a tokenizer adds it; training does the same."""
+    folder, tokenizer, continued = untrained
+    texts = ["Parse it", "Another, longer text"]
+    expected = [written(tokenizer.decode(continued(text, 5), skip_special_tokens=True)) for text in texts]
+    added = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = added
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert tokenizer("Parse it")["input_ids"][-1] == 0
+    assert predicted(folder, "\n".join(texts), capsys, "--max-new-tokens", "5") == expected
 
 
 def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys):
