@@ -155,11 +155,14 @@ class Classify:
 
     @staticmethod
     def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> tuple[list[str], int]:
-        """A label for each text, with `--scores` its probability behind a tab; and how many texts were cut."""
+        """A label for each text, with `--scores` its probability behind a tab, or the number that a regression gives;
+        and how many texts were cut."""
         most = {"truncation": True, "max_length": model.max_length} if model.max_length else {}
         batch = tokenizer(texts, padding=True, return_tensors="pt", **most).to(model.prompt_embeddings.device)
         cut = sum(len(ids) > batch["input_ids"].shape[1] for ids in tokenizer(texts, verbose=False)["input_ids"])
         logits = model(**{key: value for key, value in batch.items() if key in tokenizer.model_input_names})
+        if model.num_labels == 1:
+            return [f"{number:.6g}" for number in logits.flatten().tolist()], cut
         scores, numbers = logits.float().softmax(-1).max(-1)
         labels = [str(number) if model.id2label is None else model.id2label[number] for number in numbers.tolist()]
         if options.scores:

@@ -336,6 +336,21 @@ def test_damaged_adapters(minilm, tmp_path, capsys, monkeypatch):
         assert "cannot write /dev/full" in capsys.readouterr().err
 
 
+def test_a_regression(encoder, tmp_path, capsys):
+    """The numbers themselves: one label has no probability."""
+    model = FastPTuning(encoder, 2, num_labels=1, pooling="mean").eval()
+    model.save_pretrained(tmp_path)
+    texts = ["a text", "another one"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    with torch.no_grad():
+        batch = AutoTokenizer.from_pretrained(encoder)(texts, padding=True, return_tensors="pt")
+        expected = model(**batch).flatten().tolist()
+    given = ["predict", "--adapter", str(tmp_path), "--file", str(tmp_path / "texts.txt")]
+    for change in ([], ["--scores"]):
+        assert main([*given, *change]) == 0
+        assert list(map(float, capsys.readouterr().out.split("\n")[:-1])) == pytest.approx(expected, rel=1e-5)
+
+
 def test_interrupted(monkeypatch, tmp_path, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
