@@ -1,6 +1,7 @@
 """`python -m ptuning_fast predict`: read texts, write labels, or what a language model goes on with."""
 
 import os
+import re
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
@@ -12,6 +13,8 @@ from .tables import InputError, lines_of, named_columns, read_texts, without_col
 from .tasks import ADAPTERS, check_options
 
 __all__ = ["run"]
+
+_LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # those of str.splitlines
 
 
 def run(options: Namespace) -> None:
@@ -47,7 +50,7 @@ def run(options: Namespace) -> None:
                 lines, cut_here = task.predicted(model, tokenizer, batch, options)
                 cut += cut_here
                 for line in lines:
-                    print(line, file=out, flush=True)
+                    print(_LINE_BREAK.sub(" ", line), file=out, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

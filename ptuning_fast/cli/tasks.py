@@ -255,15 +255,17 @@ class Language:
 
     @staticmethod
     def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> tuple[list[str], int]:
-        """What the model goes on with behind each text, its line breaks written as \\n; none is cut."""
-        rows = {"input_ids": [_before(text, tokenizer) for text in texts]}
-        batch = transformers.DataCollatorWithPadding(tokenizer)(rows).to(model.device)
+        """What the model goes on with behind each text, "\\n" written as a backslash and an n; none is cut."""
+        rows = [{"input_ids": _before(text, tokenizer)} for text in texts]
+        batch: Any = transformers.DataCollatorWithPadding(tokenizer)(rows)
+        batch = batch.to(model.device)
         given = batch["input_ids"], batch["attention_mask"]
         if not given[0].shape[1]:
             raise InputError("a text without tokens has nothing that the model could go on from")
         options_ = {"max_new_tokens": options.max_new_tokens or 64, "pad_token_id": tokenizer.pad_token_id}
         out = model.prompt.generate(*given, do_sample=False, eos_token_id=_ends(model, tokenizer), **options_)
-        return [text.replace("\n", "\\n") for text in tokenizer.batch_decode(out, skip_special_tokens=True)], 0
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [text.replace("\r\n", "\r").replace("\n", "\\n") for text in texts], 0
 
 
 def _before(prompt: str, tokenizer: Any) -> list[int]:

@@ -351,6 +351,14 @@ def test_a_regression(encoder, tmp_path, capsys):
         assert list(map(float, capsys.readouterr().out.split("\n")[:-1])) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_label_is_one_line(encoder, tmp_path, capsys):
+    labels = {0: "a\r\nb", 1: "a\nb", 2: "a\rb", 3: "a\x85b", 4: "a\u2028b"}
+    FastPTuning(encoder, 2, num_labels=5, id2label=labels).save_pretrained(tmp_path)
+    (tmp_path / "texts.csv").write_text('text\none\n\n"\n"\nthree\n')
+    assert main(["predict", "--adapter", str(tmp_path), "--file", str(tmp_path / "texts.csv")]) == 0
+    assert capsys.readouterr().out == "a b\n" * 3, "a blank line is no row"
+
+
 def test_interrupted(monkeypatch, tmp_path, capsys):
     def interrupt(options):
         raise KeyboardInterrupt

@@ -152,7 +152,8 @@ def untrained(language_model, tmp_path):
 
 def written(text):
     """A continuation on its line."""
-    return text.replace("\n", "\\n")
+    text = text.replace("\r\n", "\r").replace("\n", "\\n")
+    return " ".join(f"{text}.".splitlines())[:-1]
 
 
 def predicted(folder, text, capsys, *options):
@@ -176,6 +177,13 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
         (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": own}))
         expected = written(tokenizer.decode(ids[:2], skip_special_tokens=True))
         assert predicted(folder, "Parse it", capsys, "--max-new-tokens", "8") == [expected]
+
+
+def test_a_continuation_is_one_line(untrained, tmp_path, capsys, monkeypatch):
+    breaks = ["a\r\n\nb", "\rc\n\r", "d\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029e"]
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.batch_decode", lambda *args, **options: breaks)
+    lines = predicted(untrained[0], "1\n2\n3", capsys, "--max-new-tokens", "1")
+    assert lines == ["a \\nb", " c\\n ", "d        e"] == [written(text) for text in breaks]
 
 
 def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
