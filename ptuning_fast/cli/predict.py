@@ -1,10 +1,12 @@
 """`python -m ptuning_fast predict`: read texts, write labels, or what a language model goes on with."""
 
+import contextlib
 import os
 import re
+import stat
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
+from collections.abc import Callable
 
 import torch
 
@@ -31,10 +33,10 @@ def run(options: Namespace) -> None:
     check_options(task, options)
     if options.file:
         texts = read_texts(options.file, named, *task.instead)
-        if options.output and os.path.exists(options.output) and os.path.samefile(options.file, options.output):
-            raise InputError(f"--output {options.output} is the --file that is read: name another")
+        _check_other(options.output, "--file", lambda: os.stat(options.file))
     else:
         without_columns("standard input", named)
+        _check_other(options.output, "standard input", lambda: os.fstat(sys.stdin.fileno()))
         texts = lines_of(sys.stdin.buffer.read(), "standard input")
     try:
         model, tokenizer = task.from_adapter(options, name)
@@ -44,7 +46,7 @@ def run(options: Namespace) -> None:
     cut = 0
     try:
         file = options.output
-        with open(file, "w", encoding="utf-8") if file else nullcontext(sys.stdout) as out, torch.no_grad():
+        with open(file, "w", encoding="utf-8") if file else contextlib.nullcontext(sys.stdout) as out, torch.no_grad():
             for start in range(0, len(texts), options.batch_size):
                 batch = texts[start : start + options.batch_size]
                 lines, cut_here = task.predicted(model, tokenizer, batch, options)
@@ -57,3 +59,10 @@ def run(options: Namespace) -> None:
         raise InputError(f"cannot write {options.output or 'the labels'}: {error.strerror or error}") from None
     if cut:
         print(f"warning: {cut} of {len(texts)} texts cut to {model.max_length} tokens", file=sys.stderr)
+
+
+def _check_other(output: str | None, name: str, read: Callable[[], os.stat_result]) -> None:
+    """InputError where the file at `output` is the one that is read."""
+    with contextlib.suppress(OSError):  # there is none yet, or none is read
+        if output and stat.S_ISREG(read().st_mode) and os.path.samestat(read(), os.stat(output)):
+            raise InputError(f"--output {output} is the {name} that is read: name another")

@@ -87,14 +87,19 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     assert printed.out.splitlines() == expected and "texts cut" not in printed.err
     (tmp_path / "link.parquet").symlink_to(test_file)
     given = [*predict, "--file", test_file, "--text-column", "review"]
+    (tmp_path / "in.txt").write_text("a text\n")
     for change, message in (
         ([*given, "--output", str(tmp_path / "link.parquet")], "link.parquet is the --file that is read: name another"),
         ([*given, "--max-new-tokens", "3"], "--max-new-tokens is for --task lm: leave it out"),
         ([*predict, "--file", test_file], "it has no column 'text'; it has 'review'"),
+        ([*predict, "--output", str(tmp_path / "in.txt")], "in.txt is the standard input that is read: name another"),
         ([*predict, "--text-column", "review"], "standard input has no columns: leave --text-column out"),
     ):
-        assert main(change) == 2
+        with open(tmp_path / "in.txt") as file, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", file)
+            assert main(change) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "in.txt").read_text() == "a text\n"
     assert tables.read_texts(test_file, {"text": "review"}) == texts, "it is as it was"
     lines = "\ufeff" + "".join(f"{' '.join(text.split())}\r\n" for text in texts)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
