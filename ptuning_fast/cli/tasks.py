@@ -251,6 +251,11 @@ class Language:
         model, tokenizer = load(transformers.AutoModelForCausalLM, name, not options.model)
         tokenizer.padding_side = "left"
         prompt = SoftPrompt.from_pretrained(model, options.adapter, any_base=bool(options.model))
+        if prompt.num_prompts is not None:
+            raise InputError(
+                f"{options.adapter} holds {prompt.num_prompts} prompts, and predict is for one: in Python, "
+                "SoftPrompt.generate takes prompt_index"
+            )
         return PromptedModel(model, prompt=prompt), tokenizer
 
     @staticmethod
@@ -262,7 +267,17 @@ class Language:
         given = batch["input_ids"], batch["attention_mask"]
         if not given[0].shape[1]:
             raise InputError("a text without tokens has nothing that the model could go on from")
-        options_ = {"max_new_tokens": options.max_new_tokens or 64, "pad_token_id": tokenizer.pad_token_id}
+        virtual, new, most = (
+            model.prompt.length,
+            options.max_new_tokens or 64,
+            describe(model.prompt.model).max_positions,
+        )
+        if most and virtual + given[0].shape[1] + new - 1 > most:  # the last new token is not read
+            raise InputError(
+                f"a text of {given[0].shape[1]} tokens, between {virtual} virtual ones and {new} new ones, is too long "
+                f"for the {most} positions of the model: leave it out, or take a smaller --max-new-tokens"
+            )
+        options_ = {"max_new_tokens": new, "pad_token_id": tokenizer.pad_token_id}
         out = model.prompt.generate(*given, do_sample=False, eos_token_id=_ends(model, tokenizer), **options_)
         texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         return [text.replace("\r\n", "\r").replace("\n", "\\n") for text in texts], 0

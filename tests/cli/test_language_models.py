@@ -15,7 +15,7 @@ import torch
 import zoo
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 from ptuning_fast.cli import tables, tasks
@@ -279,6 +279,31 @@ def test_predict_names_other_adapters(tmp_path, capsys):
     ):
         assert main(["predict", "--adapter", str(tmp_path / folder)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_predict_has_no_room_for(language_model, tmp_path, capsys):
+    """More tokens than the model has positions, and more prompts than one."""
+    shutil.copytree(language_model, tmp_path / "model")
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(vocab_size=500, **sizes, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    SoftPrompt(model, 4).save_pretrained(tmp_path / "one")
+    SoftPrompt(model, 4, num_prompts=3).save_pretrained(tmp_path / "bank")
+    assert len(AutoTokenizer.from_pretrained(language_model)("a b c d")["input_ids"]) == 4
+    (tmp_path / "texts.txt").write_text("a b\na b c d\n")
+    given = ["predict", "--file", str(tmp_path / "texts.txt"), "--adapter"]
+    assert main([*given, str(tmp_path / "one"), "--max-new-tokens", "9"]) == 0
+    too_long = (
+        "a text of 4 tokens, between 4 virtual ones and 10 new ones, is too long for the 16 positions of the model: "
+    )
+    for change, message in (
+        ([str(tmp_path / "one"), "--max-new-tokens", "10"], too_long),
+        ([str(tmp_path / "one")], "and 64 new ones, is too long"),
+        ([str(tmp_path / "bank")], "holds 3 prompts, and predict is for one: in Python, SoftPrompt.generate takes"),
+    ):
+        assert main([*given, *change]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_that_is_not_here(tmp_path, capsys):
