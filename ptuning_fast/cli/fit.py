@@ -111,12 +111,17 @@ class _Together(Trainer):
         return F.cross_entropy(model(**inputs), labels, reduction="sum") * processes / items
 
     def _own(self, labels: Tensor) -> Tensor:
-        """`labels`, with -100 for the rows that the batch was filled up with."""
+        """`labels`, with -100 for the rows that the batch was filled up with.
+
+        Every process has as many, and the last batch has as many of all as are left. (Accelerate's own `remainder` is
+        not known in an epoch that a resumed training begins within.)
+        """
         state, accelerator = self.accelerator.gradient_state, self.accelerator
-        if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if accelerator.num_processes == 1 or not state.end_of_dataloader:
             return labels
-        labels = labels.clone()
-        labels[max(state.remainder - accelerator.process_index * len(labels), 0) :] = -100
+        whole, labels = len(labels) * accelerator.num_processes, labels.clone()
+        left = len(state.active_dataloader.dataset) % whole or whole
+        labels[max(left - accelerator.process_index * len(labels), 0) :] = -100
         return labels
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

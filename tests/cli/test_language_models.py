@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
-from ptuning_fast.cli import tables, tasks
+from ptuning_fast.cli import fit, tables, tasks
 from ptuning_fast.cli.main import main, parser
 from ptuning_fast.files import adapter
 from ptuning_fast.op import functional
@@ -198,29 +198,32 @@ def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
     assert predicted(folder, "\n".join(texts), capsys, "--max-new-tokens", "5") == expected
 
 
-def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys):
-    """Texts of different lengths, and a last batch that one process has no text of: the losses of one process."""
+def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys, monkeypatch):
+    """Texts of different lengths, and a last batch that one process has no text of: the losses of one process.
+
+    Two go on with what one began, within an epoch; the other epoch they have from its beginning.
+    """
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text, _ in rows[:51]))
-    options = ["--batch-size", "10", "--epochs", "1", "--prompt-length", "4", "--learning-rate", "0.05"]
-    given = [
-        "train",
-        "--task",
-        "lm",
-        "--model",
-        language_model,
-        "--train-file",
-        str(tmp_path / "texts.jsonl"),
-        *options,
-    ]
+    options = ["--batch-size", "10", "--epochs", "2", "--prompt-length", "4", "--learning-rate", "0.05"]
+    texts = ["--train-file", str(tmp_path / "texts.jsonl")]
+    given = ["train", "--task", "lm", "--model", language_model, *texts, *options]
     assert main([*given, "--output", str(tmp_path / "one")]) == 0
     expected = capsys.readouterr().out
     assert "41 texts to train on, 10 held out, whole texts;" in expected
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit._LossInBar, "on_save", interrupted)
+        assert main([*given, "--output", str(tmp_path / "two"), "--save-steps", "3"]) == 130
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "ptuning_fast", *given, "--output", str(tmp_path / "two")]
+    command = [*torchrun, "ptuning_fast", *given, "--output", str(tmp_path / "two"), "--resume"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout == expected.replace("/one", "/two")
+    printed = run.stdout.replace(f"going on from {tmp_path / 'two/checkpoints/checkpoint-3'}\n", "")
+    assert printed == expected.replace("/one", "/two") != run.stdout
     tensors, expected_tensors = (adapter.load(tmp_path / one)[0] for one in ("two", "one"))
     torch.testing.assert_close(tensors["prompt_embeddings"], expected_tensors["prompt_embeddings"], rtol=0, atol=1e-5)
 
