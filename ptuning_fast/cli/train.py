@@ -4,12 +4,14 @@ import gc
 import hashlib
 import itertools
 import json
+import os
+import re
 import shutil
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,11 +26,19 @@ from ..files import adapter
 from .tables import InputError
 from .tasks import DEMO, TASKS, Row, check_options, spelled
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["run"]
 
 _NOT_OF_THE_TRAINING = {"command", "resume", "overwrite", "compare", "output", "report_to", "save_steps"}
 _NOT_OF_THE_TRAINING |= {"train_file", "eval_file"}  # their texts are compared, and so are those of other columns
 _NOT_OF_THE_TRAINING |= {"text_column", "label_column", "prompt_column", "completion_column"}
+
+_OPTIONS = "options.json"
+_BEING_WRITTEN = f".{_OPTIONS}."  # what `adapter.replace` leaves where it is killed
 
 
 def run(options: Namespace) -> None:
@@ -38,23 +48,25 @@ def run(options: Namespace) -> None:
     """
     state = _processes(options)
     try:
-        _train(options, state)
+        check_options(TASKS[options.task], options)
+        task = TASKS[options.task](options)
+        with _claimed(options) if state.is_main_process else nullcontext():
+            _train(task, options, state)
     finally:
         gc.collect()  # whatever still holds the process group: its threads would abort a process that ends before them
         state.destroy_process_group()
 
 
-def _train(options: Namespace, state: Any) -> None:
-    checkpoints = Path(options.output, "checkpoints")  # as long as the training is not over
+def _checkpoints(options: Namespace) -> Path:
+    """Where the Trainer's are as long as the training is not over, with the options that it began with."""
+    return Path(options.output, "checkpoints")
 
+
+def _train(task: Any, options: Namespace, state: Any) -> None:
     def say(line: str) -> None:
         if state.is_main_process:
             print(line, flush=True)
 
-    check_options(TASKS[options.task], options)
-    task = TASKS[options.task](options)
-    if state.is_main_process:
-        _check_output(options, checkpoints)
     files = [options.train_file, *([options.eval_file] if options.eval_file else [])]
     pairs = [task.read(file) for file in files]
     task.check(*pairs)
@@ -77,7 +89,7 @@ def _train(options: Namespace, state: Any) -> None:
     _check_ids(train + held_out, len(frozen.get_input_embeddings().weight))
     trainer = trainer_of(model, getattr(transformers, task.collator)(tokenizer), train, held_out, options)
     if state.is_main_process:
-        _begin(options, checkpoints, pairs)
+        _begin(options, pairs)
     cut = sum(row["cut"] for row in train + held_out)
     say(f"{len(train)} texts to train on, {len(held_out)} held out{task.said()}; {cut} texts cut to {task.most} tokens")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -85,20 +97,18 @@ def _train(options: Namespace, state: Any) -> None:
     for doubt in _doubts(train, held_out, task.names):
         say(f"warning: {doubt}")
 
-    last = last_checkpoint(checkpoints) if options.resume else None
+    last = last_checkpoint(_checkpoints(options)) if options.resume else None
     if options.resume:
         say(f"going on from {last}" if last else "there is no checkpoint yet: starting from the beginning")
     baseline = task.baseline(trainer, held_out)
     trainer.train(resume_from_checkpoint=last)
     state.wait_for_everyone()
     diverged = not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
-    try:
-        if state.is_main_process:
-            if not diverged:
+    if state.is_main_process:
+        if not diverged:
+            with _may_fail(f"save the adapter in {options.output}"):
                 model.save_pretrained(options.output)
-            shutil.rmtree(checkpoints)
-    except OSError as error:
-        raise InputError(f"cannot save the adapter in {options.output}: {error.strerror or error}") from None
+        _clear(_checkpoints(options))
     if diverged:
         raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -128,13 +138,55 @@ def _processes(options: Namespace) -> Any:
     return state
 
 
-def _check_output(options: Namespace, checkpoints: Path) -> None:
-    """InputError where this training would write over something, or could not write."""
+@contextmanager
+def _claimed(options: Namespace) -> Iterator[None]:
+    """The output folder, for one training at a time; InputError where there is another, or where this one would write
+    over something, or could not write.
+
+    The system ends the lock with its process. Where a folder cannot be locked, as in `adapter.saving`, there is none.
+    """
+    checkpoints = _checkpoints(options)
+    with ExitStack() as stack:
+        with _may_fail(f"write to the folder {options.output}"):
+            adapter.check_writable(options.output)
+            checkpoints.mkdir(exist_ok=True)
+            handle = None if fcntl is None else os.open(checkpoints, os.O_RDONLY)
+        if handle is not None:
+            stack.callback(os.close, handle)
+            _lock(handle, options.output)
+        stack.callback(_remove_if_empty, checkpoints)
+        _check_output(options)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # what is in it is left to --resume, or to whoever else has put it there
+        folder.rmdir()
+
+
+def _lock(handle: int, output: str) -> None:
     try:
-        adapter.check_writable(options.output)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"a training in {output} is running: wait for it, or take another --output") from None
+    except OSError:
+        pass
+
+
+@contextmanager
+def _may_fail(what: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise InputError(f"cannot write to the folder {options.output}: {error.strerror or error}") from None
-    began = (checkpoints / "options.json").is_file()
+        raise InputError(f"cannot {what}: {error.strerror or error}") from None
+
+
+def _check_output(options: Namespace) -> None:
+    """InputError where this training would write over something."""
+    checkpoints = _checkpoints(options)
+    began = _began_with(checkpoints) is not None
+    if not began and any(not one.name.startswith(_BEING_WRITTEN) for one in checkpoints.iterdir()):
+        raise InputError(f"{checkpoints} holds something else than a training: move it, or take another --output")
     if Path(options.output, adapter.WEIGHTS).exists() and not options.overwrite:
         raise InputError(f"there is an adapter in {options.output}: --overwrite replaces it, or take another --output")
     if options.resume and not began:
@@ -145,19 +197,40 @@ def _check_output(options: Namespace, checkpoints: Path) -> None:
         )
 
 
-def _begin(options: Namespace, checkpoints: Path, pairs: Any) -> None:
+def _began_with(checkpoints: Path) -> dict[str, Any] | None:
+    """What the training there depends on; None where there is none."""
+    try:
+        kept = json.loads((checkpoints / _OPTIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and "texts" in kept else None
+
+
+def _begin(options: Namespace, pairs: Any) -> None:
     """Keep what the training depends on; InputError where the one to go on with depends on something else."""
+    checkpoints = _checkpoints(options)
     now = {key: value for key, value in vars(options).items() if key not in _NOT_OF_THE_TRAINING}
     now["texts"] = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if options.resume:
-        before = json.loads((checkpoints / "options.json").read_text(encoding="utf-8"))
+        before = _began_with(checkpoints) or {}
         for key in [key for key in now if now[key] != before.get(key)]:
             other = "the texts are others" if key == "texts" else f"--{key.replace('_', '-')} was {before.get(key)}"
             raise InputError(f"{other} in the training in {options.output}: --overwrite starts again")
         return
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    checkpoints.mkdir(exist_ok=True)
-    adapter.replace(checkpoints / "options.json", json.dumps(now, indent=2).encode())
+    _clear(checkpoints)
+    with _may_fail(f"write to the folder {options.output}"):
+        adapter.replace(checkpoints / _OPTIONS, json.dumps(now, indent=2).encode())
+
+
+def _clear(checkpoints: Path) -> None:
+    """Remove what a training has put there, and nothing else; last the options, by which it is known."""
+    with _may_fail(f"remove the training in {checkpoints}"):
+        for one in checkpoints.iterdir():
+            if re.fullmatch(r"checkpoint-\d+", one.name):
+                shutil.rmtree(one)
+            elif one.name.startswith(_BEING_WRITTEN):
+                one.unlink()
+        (checkpoints / _OPTIONS).unlink(missing_ok=True)
 
 
 def _split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:

@@ -93,6 +93,57 @@ def test_killed_before_the_first_checkpoint(command, tmp_path, capsys, monkeypat
     assert "there is no checkpoint yet" in capsys.readouterr().out
 
 
+def test_one_training_at_a_time(command, tmp_path, capsys, monkeypatch):
+    """A second in the same folder is refused as long as the first runs; one that was refused leaves nothing behind."""
+    given, told = [*command, "--epochs", "0.1", "--output", str(tmp_path / "a")], []
+    calls: list = []
+    ours = f"error: a training in {tmp_path / 'a'} is running: wait for it, or take another --output"
+
+    def second(*args, **kwargs):
+        calls.append(args)
+        assert len(calls) <= 2, "a second was not refused"
+        for change in ([], ["--overwrite"], ["--resume"]):
+            assert main([*given, *change]) == 2
+            told.append(capsys.readouterr().err.splitlines()[-1])
+        raise KeyboardInterrupt
+
+    for place in ("ptuning_fast.cli.tasks.Classify.build", "transformers.Trainer.train"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, second)
+            assert main(given) == 130
+        assert (tmp_path / "a/checkpoints").exists() == (place == "transformers.Trainer.train")
+    assert told == [ours] * 6
+    assert main([*given, "--overwrite", "--model", "./nowhere"]) == 2
+    assert (tmp_path / "a/checkpoints/options.json").exists(), "the one that was cut off"
+    assert main([*given, "--overwrite"]) == 0
+    assert not (tmp_path / "a/checkpoints").exists()
+    assert main([*command, "--model", "./nowhere", "--output", str(tmp_path / "b")]) == 2
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_what_is_not_ours_stays(command, tmp_path, capsys):
+    """A folder "checkpoints" of somebody else's is refused, and of a training's no more is removed than it wrote."""
+    given, kept = [*command, "--epochs", "0.1", "--output", str(tmp_path)], tmp_path / "checkpoints"
+    (kept / "checkpoint-1").mkdir(parents=True)
+    (kept / "checkpoint-1/model.bin").write_text("mine")
+    for change in ([], ["--overwrite"], ["--resume"], ["--model", "./nowhere"]):
+        assert main([*given, *change]) == 2
+        assert f"{kept} holds something else than a training: move it" in capsys.readouterr().err.splitlines()[-1]
+    (kept / "options.json").write_text('{"lr": 1}')
+    assert main([*given, "--overwrite"]) == 2
+    assert (kept / "checkpoint-1/model.bin").read_text() == "mine"
+    (kept / "options.json").write_text('{"texts": ""}')
+    (kept / "notes.txt").write_text("mine")
+    assert main([*given, "--overwrite"]) == 0
+    assert [file.name for file in kept.iterdir()] == ["notes.txt"]
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/checkpoints").symlink_to(tmp_path / "elsewhere")
+    assert main([*given, "--output", str(tmp_path / "b")]) == 0
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_an_adapter_is_not_written_over(command, tmp_path, capsys):
     options = [*command, "--epochs", "0.1", "--output", str(tmp_path)]
     (tmp_path / adapter.WEIGHTS).write_text("the old one")
