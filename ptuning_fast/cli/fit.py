@@ -128,6 +128,18 @@ class _Together(Trainer):
         """The whole batch's loss, which is then the one that is reported."""
         return self.accelerator.reduce(super().training_step(*args, **kwargs), "mean")
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """One line where it cannot be written."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:  # PyTorch, safetensors and tokenizers each have another for a full disk
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # the bar ends its line
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["?"])[0]
+            raise InputError(
+                f"cannot save a checkpoint in {self.args.output_dir}: {reason}; once it can be, the same command with "
+                "--resume goes on"
+            ) from None
+
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Of a language model behind its prompt, the mean over all labels."""

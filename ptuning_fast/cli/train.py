@@ -116,7 +116,8 @@ def _train(task: Any, options: Namespace, state: Any) -> None:
     say(f"adapter saved in {options.output}")
     figures = task.measured(trainer)
     if state.is_main_process:  # once more, with what is known now in its card
-        model.save_pretrained(options.output, figures={f"held-out {name}": value for name, value in figures.items()})
+        with _may_fail(f"save the adapter in {options.output} once more, with its figures"):
+            model.save_pretrained(options.output, figures={f"held-out {key}": value for key, value in figures.items()})
     say(f"held-out {spelled(figures)}; {baseline}")
     demo = not options.train_file and not options.model
     if state.num_processes == 1 and (demo if options.compare is None else options.compare):

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from ptuning_fast.cli.main import main
-from ptuning_fast.files import adapter
+from ptuning_fast.files import adapter, card
 from ptuning_fast.op import functional
 
 
@@ -142,6 +143,27 @@ def test_what_is_not_ours_stays(command, tmp_path, capsys):
     (tmp_path / "b/checkpoints").symlink_to(tmp_path / "elsewhere")
     assert main([*given, "--output", str(tmp_path / "b")]) == 0
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_full_disk(command, tmp_path, capsys, monkeypatch):
+    """One line, wherever it shows; a checkpoint is written by libraries with errors of their own."""
+    given = [*command, "--epochs", "0.1", "--output", str(tmp_path / "a"), "--overwrite"]
+    full, save = OSError(28, "No space left on device"), "transformers.Trainer._save_checkpoint"
+    for place, error, message in (
+        ("ptuning_fast.files.adapter.replace", full, "cannot write to the folder"),
+        (save, RuntimeError("no space\nin detail"), "no space; once it can be, the same command with --resume goes on"),
+        (save, Exception("no space"), "cannot save a checkpoint in"),
+        ("ptuning_fast.FastPTuning.save_pretrained", full, "cannot save the adapter in"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, Mock(side_effect=error))
+            assert main(given) == 2, place
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: ") and message in last
+    write = card.write_classifier
+    monkeypatch.setattr(card, "write_classifier", Mock(side_effect=[write, full]))
+    assert main(given) == 2
+    assert "once more, with its figures: No space left on device" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_adapter_is_not_written_over(command, tmp_path, capsys):
