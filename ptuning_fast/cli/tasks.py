@@ -267,11 +267,7 @@ class Language:
         given = batch["input_ids"], batch["attention_mask"]
         if not given[0].shape[1]:
             raise InputError("a text without tokens has nothing that the model could go on from")
-        virtual, new, most = (
-            model.prompt.length,
-            options.max_new_tokens or 64,
-            describe(model.prompt.model).max_positions,
-        )
+        virtual, new, most = model.prompt.length, options.max_new_tokens or 64, model.prompt.info.max_positions
         if most and virtual + given[0].shape[1] + new - 1 > most:  # the last new token is not read
             raise InputError(
                 f"a text of {given[0].shape[1]} tokens, between {virtual} virtual ones and {new} new ones, is too long "
