@@ -166,17 +166,29 @@ def predicted(folder, text, capsys, *options):
 def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
     """At the tokenizer's end, which training appends, as well as at the model's own."""
     folder, tokenizer, continued = untrained
-    ids = continued("Parse it", 8).tolist()
-    place = next(place for place, token in enumerate(ids) if place > 1 and token not in ids[:place])
+    texts = [
+        "Parse it",
+        "Another, longer text",
+        "A third",
+        "Return the",
+        "a",
+        "xml",
+    ]  # one whose third token or later is new
+    text, ids, place = next(
+        (text, ids, place)
+        for text, ids in ((text, continued(text, 8).tolist()) for text in texts)
+        for place, token in enumerate(ids)
+        if place > 1 and token not in ids[:place]
+    )
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[place])
     tokenizer.save_pretrained(tmp_path / "model")
     expected = written(tokenizer.decode(ids[:place]))
-    assert predicted(folder, "Parse it", capsys, "--max-new-tokens", "8") == [expected]
+    assert predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]
     settings = json.loads((tmp_path / "model/generation_config.json").read_text())
     for own in (ids[1], [499, ids[1]]):
         (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": own}))
         expected = written(tokenizer.decode(ids[:2], skip_special_tokens=True))
-        assert predicted(folder, "Parse it", capsys, "--max-new-tokens", "8") == [expected]
+        assert predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]
 
 
 def test_a_continuation_is_one_line(untrained, tmp_path, capsys, monkeypatch):
