@@ -12,7 +12,9 @@ import peft
 import pytest
 import safetensors
 import torch
+import transformers
 import zoo
+from packaging.version import Version
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -166,14 +168,7 @@ def predicted(folder, text, capsys, *options):
 def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
     """At the tokenizer's end, which training appends, as well as at the model's own."""
     folder, tokenizer, continued = untrained
-    texts = [
-        "Parse it",
-        "Another, longer text",
-        "A third",
-        "Return the",
-        "a",
-        "xml",
-    ]  # one whose third token or later is new
+    texts = ["Parse it", "Another, longer text", "A third", "Return the", "a", "xml"]
     text, ids, place = next(
         (text, ids, place)
         for text, ids in ((text, continued(text, 8).tolist()) for text in texts)
@@ -213,8 +208,10 @@ def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
 def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys, monkeypatch):
     """Texts of different lengths, and a last batch that one process has no text of: the losses of one process.
 
-    Two go on with what one began, within an epoch; the other epoch they have from its beginning.
+    Two go on with what one began, within an epoch; the other epoch they have from its beginning. (On CPUs the Trainer
+    of transformers 5.17 cannot load an optimizer's state into two processes: there they begin.)
     """
+    going_on = Version(transformers.__version__) >= Version("5.23")
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text, _ in rows[:51]))
     options = ["--batch-size", "10", "--epochs", "2", "--prompt-length", "4", "--learning-rate", "0.05"]
     texts = ["--train-file", str(tmp_path / "texts.jsonl")]
@@ -226,16 +223,16 @@ def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(fit._LossInBar, "on_save", interrupted)
+    if going_on:
+        monkeypatch.setattr(fit._LossInBar, "on_save", interrupted)
         assert main([*given, "--output", str(tmp_path / "two"), "--save-steps", "3"]) == 130
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "ptuning_fast", *given, "--output", str(tmp_path / "two"), "--resume"]
+    command = [*torchrun, "ptuning_fast", *given, "--output", str(tmp_path / "two"), *["--resume"] * going_on]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
     printed = run.stdout.replace(f"going on from {tmp_path / 'two/checkpoints/checkpoint-3'}\n", "")
-    assert printed == expected.replace("/one", "/two") != run.stdout
+    assert printed == expected.replace("/one", "/two") and (printed != run.stdout) == going_on
     tensors, expected_tensors = (adapter.load(tmp_path / one)[0] for one in ("two", "one"))
     torch.testing.assert_close(tensors["prompt_embeddings"], expected_tensors["prompt_embeddings"], rtol=0, atol=1e-5)
 
