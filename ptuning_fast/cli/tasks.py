@@ -31,8 +31,7 @@ from ..models.probe import is_causal
 from ..modes import mode_for
 from ..prompt.prompted_model import PromptedModel
 from ..prompt.soft_prompt import SoftPrompt
-from .docstrings import stdlib_docstrings
-from .tables import InputError, named_columns, read_labelled, read_pairs, without_columns
+from .tables import InputError, named_columns, read_labelled, read_pairs, stdlib_docstrings, without_columns
 
 __all__ = ["ADAPTERS", "DEMO", "TASKS", "Pairs", "Row", "check_options", "spelled"]
 

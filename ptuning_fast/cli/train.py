@@ -1,18 +1,12 @@
 """`python -m ptuning_fast train`: train a prompt, keep it, measure it."""
 
 import gc
-import hashlib
 import itertools
-import json
-import os
-import re
-import shutil
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -22,23 +16,11 @@ from torch import Tensor, nn
 from ..classify.classifier import FastPTuning
 from ..classify.precision import DTYPES
 from ..classify.reference import ReferencePTuning
-from ..files import adapter
+from .output import begin, checkpoints_of, claimed, clear, may_fail
 from .tables import InputError
 from .tasks import DEMO, TASKS, Row, check_options, spelled
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 __all__ = ["run"]
-
-_NOT_OF_THE_TRAINING = {"command", "resume", "overwrite", "compare", "output", "report_to", "save_steps"}
-_NOT_OF_THE_TRAINING |= {"train_file", "eval_file"}  # their texts are compared, and so are those of other columns
-_NOT_OF_THE_TRAINING |= {"text_column", "label_column", "prompt_column", "completion_column"}
-
-_OPTIONS = "options.json"
-_BEING_WRITTEN = f".{_OPTIONS}."  # what `adapter.replace` leaves where it is killed
 
 
 def run(options: Namespace) -> None:
@@ -50,16 +32,11 @@ def run(options: Namespace) -> None:
     try:
         check_options(TASKS[options.task], options)
         task = TASKS[options.task](options)
-        with _claimed(options) if state.is_main_process else nullcontext():
+        with claimed(options) if state.is_main_process else nullcontext():
             _train(task, options, state)
     finally:
         gc.collect()  # whatever still holds the process group: its threads would abort a process that ends before them
         state.destroy_process_group()
-
-
-def _checkpoints(options: Namespace) -> Path:
-    """Where the Trainer's are as long as the training is not over, with the options that it began with."""
-    return Path(options.output, "checkpoints")
 
 
 def _train(task: Any, options: Namespace, state: Any) -> None:
@@ -89,7 +66,7 @@ def _train(task: Any, options: Namespace, state: Any) -> None:
     _check_ids(train + held_out, len(frozen.get_input_embeddings().weight))
     trainer = trainer_of(model, getattr(transformers, task.collator)(tokenizer), train, held_out, options)
     if state.is_main_process:
-        _begin(options, pairs)
+        begin(options, pairs)
     cut = sum(row["cut"] for row in train + held_out)
     say(f"{len(train)} texts to train on, {len(held_out)} held out{task.said()}; {cut} texts cut to {task.most} tokens")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -97,7 +74,7 @@ def _train(task: Any, options: Namespace, state: Any) -> None:
     for doubt in _doubts(train, held_out, task.names):
         say(f"warning: {doubt}")
 
-    last = last_checkpoint(_checkpoints(options)) if options.resume else None
+    last = last_checkpoint(checkpoints_of(options)) if options.resume else None
     if options.resume:
         say(f"going on from {last}" if last else "there is no checkpoint yet: starting from the beginning")
     baseline = task.baseline(trainer, held_out)
@@ -106,9 +83,9 @@ def _train(task: Any, options: Namespace, state: Any) -> None:
     diverged = not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     if state.is_main_process:
         if not diverged:
-            with _may_fail(f"save the adapter in {options.output}"):
+            with may_fail(f"save the adapter in {options.output}"):
                 model.save_pretrained(options.output)
-        _clear(_checkpoints(options))
+        clear(checkpoints_of(options))
     if diverged:
         raise InputError("training diverged, and nothing was saved: take a smaller --learning-rate")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -116,7 +93,7 @@ def _train(task: Any, options: Namespace, state: Any) -> None:
     say(f"adapter saved in {options.output}")
     figures = task.measured(trainer)
     if state.is_main_process:  # once more, with what is known now in its card
-        with _may_fail(f"save the adapter in {options.output} once more, with its figures"):
+        with may_fail(f"save the adapter in {options.output} once more, with its figures"):
             model.save_pretrained(options.output, figures={f"held-out {key}": value for key, value in figures.items()})
     say(f"held-out {spelled(figures)}; {baseline}")
     demo = not options.train_file and not options.model
@@ -137,101 +114,6 @@ def _processes(options: Namespace) -> Any:
             f"--batch-size that is a multiple of {state.num_processes}"
         )
     return state
-
-
-@contextmanager
-def _claimed(options: Namespace) -> Iterator[None]:
-    """The output folder, for one training at a time; InputError where there is another, or where this one would write
-    over something, or could not write.
-
-    The system ends the lock with its process. Where a folder cannot be locked, as in `adapter.saving`, there is none.
-    """
-    checkpoints = _checkpoints(options)
-    with ExitStack() as stack:
-        with _may_fail(f"write to the folder {options.output}"):
-            adapter.check_writable(options.output)
-            checkpoints.mkdir(exist_ok=True)
-            handle = None if fcntl is None else os.open(checkpoints, os.O_RDONLY)
-        if handle is not None:
-            stack.callback(os.close, handle)
-            _lock(handle, options.output)
-        stack.callback(_remove_if_empty, checkpoints)
-        _check_output(options)
-        yield
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):  # what is in it is left to --resume, or to whoever else has put it there
-        folder.rmdir()
-
-
-def _lock(handle: int, output: str) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"a training in {output} is running: wait for it, or take another --output") from None
-    except OSError:
-        pass
-
-
-@contextmanager
-def _may_fail(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot {what}: {error.strerror or error}") from None
-
-
-def _check_output(options: Namespace) -> None:
-    """InputError where this training would write over something."""
-    checkpoints = _checkpoints(options)
-    began = _began_with(checkpoints) is not None
-    if not began and any(not one.name.startswith(_BEING_WRITTEN) for one in checkpoints.iterdir()):
-        raise InputError(f"{checkpoints} holds something else than a training: move it, or take another --output")
-    if Path(options.output, adapter.WEIGHTS).exists() and not options.overwrite:
-        raise InputError(f"there is an adapter in {options.output}: --overwrite replaces it, or take another --output")
-    if options.resume and not began:
-        raise InputError(f"there is no training in {options.output} that --resume could go on with: leave it out")
-    if began and not (options.resume or options.overwrite):
-        raise InputError(
-            f"a training in {options.output} was cut off: --resume goes on with it, --overwrite starts again"
-        )
-
-
-def _began_with(checkpoints: Path) -> dict[str, Any] | None:
-    """What the training there depends on; None where there is none."""
-    try:
-        kept = json.loads((checkpoints / _OPTIONS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return kept if isinstance(kept, dict) and "texts" in kept else None
-
-
-def _begin(options: Namespace, pairs: Any) -> None:
-    """Keep what the training depends on; InputError where the one to go on with depends on something else."""
-    checkpoints = _checkpoints(options)
-    now = {key: value for key, value in vars(options).items() if key not in _NOT_OF_THE_TRAINING}
-    now["texts"] = hashlib.sha256(repr(pairs).encode()).hexdigest()
-    if options.resume:
-        before = _began_with(checkpoints) or {}
-        for key in [key for key in now if now[key] != before.get(key)]:
-            other = "the texts are others" if key == "texts" else f"--{key.replace('_', '-')} was {before.get(key)}"
-            raise InputError(f"{other} in the training in {options.output}: --overwrite starts again")
-        return
-    _clear(checkpoints)
-    with _may_fail(f"write to the folder {options.output}"):
-        adapter.replace(checkpoints / _OPTIONS, json.dumps(now, indent=2).encode())
-
-
-def _clear(checkpoints: Path) -> None:
-    """Remove what a training has put there, and nothing else; last the options, by which it is known."""
-    with _may_fail(f"remove the training in {checkpoints}"):
-        for one in checkpoints.iterdir():
-            if re.fullmatch(r"checkpoint-\d+", one.name):
-                shutil.rmtree(one)
-            elif one.name.startswith(_BEING_WRITTEN):
-                one.unlink()
-        (checkpoints / _OPTIONS).unlink(missing_ok=True)
 
 
 def _split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:

@@ -22,7 +22,7 @@ import zoo
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 
 from ptuning_fast import FastPTuning
-from ptuning_fast.cli.docstrings import PACKAGES, stdlib_docstrings
+from ptuning_fast.cli.tables import PACKAGES, stdlib_docstrings
 from ptuning_fast.files import adapter
 
 STEPS_BETWEEN_KILLS, STEPS_BETWEEN_CHECKPOINTS = 12, 3

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from ptuning_fast import FastPTuning
 from ptuning_fast.cli import tables, tasks, train
-from ptuning_fast.cli.docstrings import PACKAGES, stdlib_docstrings
 from ptuning_fast.cli.main import main, parser
+from ptuning_fast.cli.tables import PACKAGES, stdlib_docstrings
 from ptuning_fast.files import adapter
 from ptuning_fast.op import functional
 
