@@ -318,6 +318,8 @@ class SoftPrompt(Saving):
                 that the model does not: weights that were changed, adapters and hooks cannot be noticed.
             options: `generate`'s own.
         """
+        if attention_mask is None and torch.is_tensor(input_ids):
+            attention_mask = torch.ones_like(input_ids)  # nobody guesses it from the ids then, nor positions
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
         if not self.info.has_decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):
             warnings.warn(

@@ -78,6 +78,18 @@ def test_what_reads_the_tokens_so_far_sees_those_of_the_text(options, torch_back
         assert not set(found.tolist()) & set(text.tolist())
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "RoBERTa"])
+def test_texts_without_a_mask(name, kept, torch_backend):
+    settings = {"class_name": "RobertaForCausalLM", "is_decoder": True} if name == "RoBERTa" else {}
+    model = zoo.build(name, **settings)
+    prompt = SoftPrompt(model, zoo.M)
+    ids, options = torch.stack(zoo.texts([5, 5])), {"max_new_tokens": 6, "use_cache": kept}
+    expected = model.generate(**prompt(ids, torch.ones_like(ids)), **options)
+    assert torch.equal(prompt.generate(ids, **options), expected)
+    assert torch.equal(prompt.generate(ids, no_repeat_ngram_size=30, **options), expected)
+
+
 @pytest.mark.parametrize("sample", [False, True])
 def test_assistants_are_as_without_ids(sample, torch_backend):
     """They tell by the number of ids how much of a cache to keep."""
