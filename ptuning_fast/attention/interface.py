@@ -27,7 +27,7 @@ from .arguments import Scores, Sequences
 from .by_length import groups_of
 from .varlen import varlen_attention
 
-__all__ = ["mask_of_packed", "narrowed", "obstacle_of_attention", "serve_packed"]
+__all__ = ["keeps_attention", "mask_of_packed", "narrowed", "obstacle_of_attention", "serve_packed"]
 
 OURS = "ptuning_fast_"
 _MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}  # transformers' own, of the implementations that ours stand over
@@ -45,11 +45,16 @@ def serve_packed(model: Any) -> None:
     obstacle = obstacle_of_attention(before)
     if obstacle is not None:
         raise ValueError(f"{type(model).__name__}: {obstacle}")
-    if before.startswith(OURS) or "flash_attention" in before:
+    if keeps_attention(before):
         return
     model.set_attn_implementation(OURS + before)
     if config._attn_implementation != OURS + before:
         raise TypeError(f"{type(model).__name__} keeps its attention implementation: take mode='prepend'")
+
+
+def keeps_attention(name: str) -> bool:
+    """Whether a model with the attention implementation of this name is prepared as it is: it is ours, or flash."""
+    return name.startswith(OURS) or "flash_attention" in name
 
 
 def obstacle_of_attention(name: str) -> str | None:

@@ -232,13 +232,14 @@ def _refuse(model: Any) -> None:
         raise TypeError(f"{name} finds the token that it classifies in the input_ids; a prompt has none")
 
 
-def _pooled_end(model: nn.Module) -> str | None:
+def _pooled_end(model: Any) -> str | None:
     # A decoder's classifier finds the last token in the input_ids; given inputs_embeds it takes the last column.
     kinds: list[Any] = [kind for kind in type(model).__mro__ if kind.__name__.endswith("ForSequenceClassification")]
     if not kinds:
         return None
     codes = [inspect.unwrap(kind.forward).__code__ for kind in kinds]
-    return "right" if any("last_non_pad_token" in code.co_varnames for code in codes) else "left"
+    last = getattr(model.config, "summary_type", None) == "last"  # XLNet's
+    return "right" if last or any("last_non_pad_token" in code.co_varnames for code in codes) else "left"
 
 
 def _turn(end: str, attention_mask: Tensor) -> Tensor:

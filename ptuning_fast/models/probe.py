@@ -19,6 +19,7 @@ __all__ = [
     "Outcome",
     "Served",
     "is_causal",
+    "of_ids",
     "off_by",
     "ordinary_tokens",
     "padded",
@@ -34,11 +35,12 @@ def quietly(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in eval mode and nothing is differentiated; afterwards each of its modules is as it was.
 
     That is more than its mode: some models change themselves in a forward (BigBird, given a short text, attends fully
-    from then on; rotary positions grow with what they have seen). One thread at a time: another would find a model
-    that is in eval mode for the first one's sake, and leave it so.
+    from then on; rotary positions grow with what they have seen; a classifier's config keeps what kind of labels it was
+    given). One thread at a time: another would find a model that is in eval mode for the first one's sake, and leave it
+    so.
     """
-    device = next((one.device.type for one in model.parameters()), "cpu")
-    with _one_at_a_time, torch.no_grad(), torch.autocast(device, enabled=False), _put_back(model):
+    devices = {one.device.type for one in model.parameters()} - {"meta"} or {"cpu"}  # the former: offloaded
+    with _one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False), _put_back(model):
         model.eval()
         for module in model.modules():
             # In eval mode 4-bit weights are packed anew for a CPU (bitsandbytes), and have no gradient from then on.
@@ -51,7 +53,9 @@ _one_at_a_time = threading.RLock()
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    before = [(vars(module), _contents(module)) for module in model.modules()]
+    modules = list(model.modules())
+    configs = {id(one): one for module in modules if hasattr(one := getattr(module, "config", None), "__dict__")}
+    before = [(vars(one), _contents(vars(one))) for one in (*modules, *configs.values())]
     try:
         yield
     finally:
@@ -65,14 +69,14 @@ def _put_back(model: nn.Module) -> Iterator[None]:
                     value.update(items)
 
 
-def _contents(module: nn.Module) -> dict[str, tuple[Any, dict | None]]:
-    """Each attribute of a module, and what is in those that are dictionaries (buffers, submodules).
+def _contents(held: dict[str, Any]) -> dict[str, tuple[Any, dict | None]]:
+    """Each attribute of a module or config, and what is in those that are dictionaries (buffers, submodules).
 
     But for its parameters: those of FSDP are exchanged in a forward, and it keeps the account.
     """
     return {
         key: (value, dict(value) if isinstance(value, dict) and key != "_parameters" else None)
-        for key, value in vars(module).items()
+        for key, value in held.items()
     }
 
 
@@ -129,7 +133,7 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
                 errors.append(str(error))
                 return None
             found = [_of_row(out, row, place, served.columns, of_columns) for row, place in served.places]
-            return off_by(found, truth)
+            return max(off_by([_shared(one, other)], [_shared(other, one)]) for one, other in zip(found, truth))
 
         each = [off([text], "right", [truth]) for text, truth in zip(texts, expected)]
         alone = None if None in each else max(value for value in each if value is not None)
@@ -137,17 +141,31 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
     return Outcome(alone, right, left, errors[0] if errors else None)
 
 
+def of_ids(model: Any) -> Tensor | None:
+    """What `model` makes of two short texts, ids and padding; None where it needs more than these."""
+    table = model.get_input_embeddings().weight
+    tokens = ordinary_tokens(model.config, table.shape[0], sum(TEXTS))
+    batch = padded([tokens[: TEXTS[0]], tokens[TEXTS[0] :]], "right", tokens[0], table.device)
+    with quietly(model):
+        try:
+            return model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        except Exception:  # whatever that may be
+            return None
+
+
 def is_causal(model: Any) -> bool:
     """Whether a token reaches later rows only: the first row's state, behind two different second tokens."""
     with quietly(model):
         ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
-        out = model(input_ids=ids)
-        first = (out.logits if "logits" in out else out[0])[:, 0].float()
+        first = model.base_model(input_ids=ids)[0][:, 0].float()
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
 
 
 def off_by(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> float:
-    """The largest difference, relative to the largest output of its name; infinite where they do not compare."""
+    """The largest difference, relative to the largest output of its name; infinite where they do not compare.
+
+    To the largest but for features that are one number in all rows, such as a logit that somebody has banned.
+    """
     worst = 0.0
     for one, other in zip(actual, expected):
         if one.keys() != other.keys():
@@ -156,11 +174,18 @@ def off_by(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -
             if value.shape != other[name].shape:
                 return float("inf")
             if value.numel():
-                off = ((value - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-6)).item()
+                off = ((value - other[name]).abs().max() / _largest(other[name]).clamp(min=1e-6)).item()
                 if off != off:  # NaN is as far off as can be, and compares with nothing
                     return float("inf")
                 worst = max(worst, off)
     return worst
+
+
+def _largest(rows: Tensor) -> Tensor:
+    if rows.dim() > 1 and len(rows) > 1:
+        rows = rows.flatten(1)
+        rows = rows[:, (rows != rows[0]).any(0)]
+    return rows.abs().max() if rows.numel() else rows.new_zeros(())
 
 
 def tolerance(model: Any) -> float:
@@ -187,10 +212,23 @@ def padded(rows: list[list[int]], side: str, padding: int, device: torch.device)
     return Batch(ids, mask)
 
 
-def _call(model: Any, inputs: dict[str, Any], ids: Tensor) -> Any:
+def _call(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """The outputs of the model, and of what is below its head, which may not show anything (a new one is often 0)."""
     if has_decoder(model):
         inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
-    return model(**inputs)
+    outputs = dict(model(**inputs).items())
+    if model.base_model is not model:
+        with contextlib.suppress(TypeError, KeyError):  # it takes other arguments, or gives something else
+            outputs[_BELOW] = model.base_model(**inputs)["last_hidden_state"]
+    return outputs
+
+
+_BELOW = "last_hidden_state, below the head"
+
+
+def _shared(outputs: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`outputs`, but what is below the head where it is below the other's, too."""
+    return {name: value for name, value in outputs.items() if name in others or name != _BELOW}
 
 
 def _of_row(out: Any, row: int, place: slice, columns: int, of_columns: bool) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.interface import mask_of_packed, narrowed, obstacle_of_attention, serve_packed
+from ..attention.interface import keeps_attention, mask_of_packed, narrowed, obstacle_of_attention, serve_packed
 from ..models.embedding import prepend
 from ..models.info import ModelInfo, unwrapped
 from ..models.positions import counts_columns
-from ..models.probe import tolerance
+from ..models.probe import Outcome, of_ids, tolerance
 from ..op import Batch, Embedded, Layout, Prompt
 from .base import Mode
 
@@ -42,22 +42,17 @@ class Packed(Mode):
         if obstacle is not None:  # for now: not as the TypeErrors are, which nothing changes
             raise ValueError(obstacle)
         before = inner.config._attn_implementation
+        of_padded = None if keeps_attention(before) else of_ids(inner)
         serve_packed(inner)
         with narrowed(NARROW):
             found = self.probe_always(inner)
-        if found is None:
-            return
-        worst = max((off for off in found[:3] if off is not None), default=float("inf"))
-        if found.error is None and worst <= tolerance(inner):
+        reason = _reason(found, tolerance(inner)) if found is not None else None
+        if reason is None and of_padded is not None and not _same(of_padded, of_ids(inner)):
+            reason = "it computes otherwise where its attention implementation has another name"
+        if reason is None:
             return
         if inner.config._attn_implementation != before:
             inner.set_attn_implementation(before)
-        reason = (
-            "texts in one see each other, positions differ, or a sliding window is in its mask alone "
-            f"(outputs off by {worst:.2g} of the largest)"
-        )
-        if found.error is not None:
-            reason = found.error.partition(": take mode=")[0]
         raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
 
     def obstacle(self, model: Any, prompt: Prompt) -> str | None:
@@ -97,6 +92,23 @@ def of_sequences(rows: Tensor, starts: Tensor, m: int, batch: Batch) -> Tensor:
     out = rows.new_zeros(*ids.shape, *rows.shape[2:])
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     return out.masked_scatter(there.view(*ids.shape, *[1] * (rows.dim() - 2)), rows[0, is_token])
+
+
+def _reason(found: Outcome, most: float) -> str | None:
+    """Why a model cannot be given packed batches, by what a probe found; None if it can."""
+    if found.error is not None:
+        return found.error.partition(": take mode=")[0]
+    worst = max((off for off in found[:3] if off is not None), default=float("inf"))
+    if worst <= most:
+        return None
+    return (
+        "texts in one see each other, positions differ, or a sliding window is in its mask alone "
+        f"(outputs off by {worst:.2g} of the largest)"
+    )
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.allclose(one, other, rtol=0, atol=1e-5 * one.abs().max().item(), equal_nan=True)
 
 
 def _obstacle(model: Any) -> str | None:

@@ -40,5 +40,6 @@ class Prepend(Mode):
         return self.info.turned_back(rows[:, m:], batch)
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
-        assert batch.attention_mask is not None
-        return places_in_rows(batch.attention_mask, m)
+        mask = self.info.turned(batch).attention_mask
+        assert mask is not None
+        return places_in_rows(mask, m)

@@ -37,7 +37,7 @@ class CachedPrompt:
 
     def __init__(self, model: Any, info: ModelInfo):
         self.info, self.exact_sides = info, _exact_sides(model, info)
-        self.kept: tuple[Tensor, DynamicCache] | None = None  # a prompt [m, d] and what was computed of it
+        self.kept: tuple[Tensor, Any, DynamicCache] | None = None  # a prompt [m, d], autocast's dtype, what it gave
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"kept": None}
@@ -62,15 +62,16 @@ class CachedPrompt:
         if windows and (padded_left or m >= min(windows)):  # padding behind the prompt would shift a text's windows
             return None
         vectors = prompt.vectors.detach().to(model.get_input_embeddings().weight.dtype)
-        known = self.kept if keep else None
-        if known is None or known[0].device != vectors.device or not _equal(known[0], vectors):
-            known = vectors.clone(), _filled(model, self.info, prompt)
+        known, device = self.kept if keep else None, vectors.device
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        if known is None or known[1] != cast or not _equal(known[0], vectors):
+            known = vectors.clone(), cast, _filled(model, self.info, prompt)
         self.kept = known if keep else None
-        return _behind(model, self.info, batch, prompt, known[1], copies)
+        return _behind(model, self.info, batch, prompt, known[2], copies)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:

@@ -267,7 +267,8 @@ class SoftPrompt(Saving):
                 f"the loss of {self.info.name} does not go by num_items_in_batch: leave it out, and weigh the "
                 "batches' losses"
             )
-        check_counted(labels, attention_mask)
+        if not self.info.labels_are_rows:
+            check_counted(labels, attention_mask)
         return {"num_items_in_batch": num_items_in_batch}
 
     @property
