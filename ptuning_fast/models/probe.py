@@ -148,7 +148,8 @@ def of_ids(model: Any) -> Tensor | None:
     batch = padded([tokens[: TEXTS[0]], tokens[TEXTS[0] :]], "right", tokens[0], table.device)
     with quietly(model):
         try:
-            return model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+            given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            return _state(_call(model, given, batch.input_ids))
         except Exception:  # whatever that may be
             return None
 
@@ -157,7 +158,7 @@ def is_causal(model: Any) -> bool:
     """Whether a token reaches later rows only: the first row's state, behind two different second tokens."""
     with quietly(model):
         ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
-        first = model.base_model(input_ids=ids)[0][:, 0].float()
+        first = _state(_call(model, {"input_ids": ids}, ids))[:, 0].float()
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
 
 
@@ -216,11 +217,25 @@ def _call(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     """The outputs of the model, and of what is below its head, which may not show anything (a new one is often 0)."""
     if has_decoder(model):
         inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
-    outputs = dict(model(**inputs).items())
-    if model.base_model is not model:
-        with contextlib.suppress(TypeError, KeyError):  # it takes other arguments, or gives something else
-            outputs[_BELOW] = model.base_model(**inputs)["last_hidden_state"]
+    below, thread = [], threading.get_ident()
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() == thread:
+            below.append(out)
+
+    hook = model.base_model.register_forward_hook(keep)
+    try:
+        outputs = dict(model(**inputs).items())
+    finally:
+        hook.remove()
+    if model.base_model is not model and below and "last_hidden_state" in below[-1]:
+        outputs[_BELOW] = below[-1]["last_hidden_state"]
     return outputs
+
+
+def _state(outputs: dict[str, Any]) -> Tensor:
+    """Of these, [B, n, d] or [B, n, V]."""
+    return outputs.get(_BELOW, outputs.get("logits", next(iter(outputs.values()))))
 
 
 _BELOW = "last_hidden_state, below the head"
