@@ -5,9 +5,10 @@ import threading
 import pytest
 import sweep
 import torch
+import transformers
 import zoo
 
-from ptuning_fast import SoftPrompt
+from ptuning_fast import PromptedModel, SoftPrompt
 
 KINDS = sweep.model_types()
 
@@ -57,3 +58,69 @@ def test_rotary_positions_depend_on_the_batch_without_a_prompt_too(kind, torch_b
     prompt = SoftPrompt(model, 3)
     with pytest.warns(UserWarning, match="how long the longest text of the batch is, with a prompt or without"):
         prompt(ids, mask)
+
+
+SIZES = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 48, "pad_token_id": 1}
+
+
+def test_a_head_that_is_zero_hides_nothing(torch_backend):
+    """As a new one often is. ESM makes something else of embeddings than of ids."""
+    model = transformers.EsmForTokenClassification(transformers.EsmConfig(**SIZES, mask_token_id=2)).eval()
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
+    with pytest.raises(TypeError, match="makes something else of inputs_embeds"):
+        SoftPrompt(model, 3)(*zoo.padded(zoo.texts([5, 9]), "right"))
+
+
+@pytest.mark.parametrize("banned", [-1e4, torch.finfo(torch.float32).min])
+def test_logits_that_are_banned_hide_nothing(banned, torch_backend):
+    """PhiMoE's window is in its mask alone."""
+    model = sweep.build("phimoe", KINDS["phimoe"], "sdpa")
+
+    def ban(module, args, out):
+        out[..., :2] = banned
+        return out
+
+    model.lm_head.register_forward_hook(ban)
+    with pytest.raises(TypeError, match="a sliding window is in its mask alone"):
+        SoftPrompt(model, 3)(*zoo.padded(zoo.texts([5, 9]), "right"), mode="packed")
+
+
+def test_a_config_stays_as_it_was(torch_backend):
+    """A classifier's keeps what kind of labels it was given first."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=3))
+    prompted = PromptedModel(model, 3)
+    assert not prompted.accepts_loss_kwargs and model.config.problem_type is None
+    ids, mask = zoo.padded(zoo.texts([5, 9]), "right")
+    assert prompted(ids, mask, labels=torch.rand(2, 3)).loss > 0  # several labels at once
+
+
+def test_a_classifier_of_the_last_column(torch_backend):
+    """XLNet's, whose texts are padded on the left."""
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": zoo.V, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(**sizes, initializer_range=0.3, summary_type="last")
+    model = transformers.XLNetForSequenceClassification(config).eval()
+    prompt, texts = SoftPrompt(model, 3), zoo.texts([5, 9])
+    for side in ("left", "right"):
+        logits = model(**prompt(*zoo.padded(texts, side))).logits
+        for row, text in zip(logits, texts):
+            alone = model(inputs_embeds=torch.cat([prompt.embeddings(), model.get_input_embeddings()(text)])[None])
+            assert (row - alone.logits[0]).abs().max() <= zoo.TOLERANCE
+
+
+def test_other_calls_are_as_before_or_packed_is_refused(torch_backend):
+    """GPT-2 goes by the name of its attention implementation to compute scores in fp32."""
+    model = zoo.build("GPT-2", attn_implementation="eager", reorder_and_upcast_attn=True).half()
+    ids, mask = zoo.padded(zoo.texts([5, 9]), "right")
+    before = model(ids, attention_mask=mask).logits
+    with pytest.raises(TypeError, match="computes otherwise where its attention implementation has another name"):
+        SoftPrompt(model, 3)(ids, mask, mode="packed")
+    assert model.config._attn_implementation == "eager" and torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+def test_labels_of_a_decoder_may_have_the_shape_of_the_encoders_mask(torch_backend):
+    prompted = PromptedModel(sweep.build("t5gemma", KINDS["t5gemma"], "eager"), 3)
+    ids, mask = zoo.padded(zoo.texts([5, 9]), "right")
+    assert prompted(ids, mask, labels=ids, num_items_in_batch=18).loss > 0

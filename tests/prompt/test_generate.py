@@ -201,4 +201,7 @@ def test_a_prompt_that_is_kept(torch_backend):
     prompt.prompt_embeddings.data.mul_(-1)
     assert [generated(keep_prompt=True), generated(keep_prompt=True)] == [1, 0]
     assert [generated(), generated(keep_prompt=True)] == [1, 1]
+    with torch.autocast("cpu", torch.bfloat16):
+        prompt.generate(ids, mask, max_new_tokens=1, keep_prompt=True)
+    assert [generated(keep_prompt=True), generated(keep_prompt=True)] == [1, 0]
     assert len(pickle.dumps(prompt._cached)) < 5000
