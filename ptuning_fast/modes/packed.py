@@ -85,13 +85,23 @@ class Packed(Mode):
 
 
 def of_sequences(rows: Tensor, starts: Tensor, m: int, batch: Batch) -> Tensor:
-    """Packed rows [1, T, ...] as [B, n, ...], 0 on padding; m rows from each of `starts` are virtual tokens."""
+    """Packed rows [1, T, ...] as [B, n, ...], 0 on padding; m rows from each of `starts` are virtual tokens.
+
+    Where a text has padding on its left, the column before it has the last virtual token's row, as in mode "prepend": it
+    predicts the first token.
+    """
     is_token = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
     is_token[(starts[:, None] + torch.arange(m, device=rows.device)).flatten()] = False
     ids, mask = batch.input_ids, batch.attention_mask
     out = rows.new_zeros(*ids.shape, *rows.shape[2:])
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    return out.masked_scatter(there.view(*ids.shape, *[1] * (rows.dim() - 2)), rows[0, is_token])
+    ones = [1] * (rows.dim() - 2)
+    out = out.masked_scatter(there.view(*ids.shape, *ones), rows[0, is_token])
+    if mask is None or m == 0:
+        return out
+    first = there.int().argmax(1)
+    place = torch.arange(len(ids), device=ids.device), (first - 1).clamp(min=0)
+    return out.index_put(place, torch.where((first > 0).view(-1, *ones), rows[0, starts + m - 1], out[place]))
 
 
 def _reason(found: Outcome, most: float) -> str | None:

@@ -123,6 +123,8 @@ class PromptedModel(nn.Module):
     ) -> "ModelOutput":
         """The model's outputs, without rows for virtual tokens: `logits` are [B, n, V], 0 on padding.
 
+        (But in the column before a text with padding on its left: there is what predicts its first token.)
+
         The label in the first column counts for nothing, as in the model's own loss, and as Trainer and TRL count
         (`SoftPrompt.loss` has the last virtual token predict it). With labels, in training, a language model gives its
         `loss` alone, since logits that nobody reads are most of its memory; in evaluation it gives both.

@@ -9,6 +9,7 @@ import sweep
 import torch
 import transformers
 import zoo
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ptuning_fast import FastPTuning, PromptedModel, trained_only
 
@@ -51,6 +52,23 @@ def test_it_is_called_as_the_model_is(name, mode, side):
 def _hidden(model, prompt, ids, mask):
     inputs = prompt(ids, mask)
     return model.base_model(**inputs).last_hidden_state[:, prompt.length :][mask != 0]
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_loss_that_is_computed_from_logits_is_the_models(mode, side):
+    """As Trainer's label smoothing computes one."""
+    ids, mask = zoo.padded(zoo.texts([5, 9, 0]), side)
+    labels = ids.masked_fill(mask == 0, -100)
+    prompted = PromptedModel(zoo.build("Llama"), 3, mode=mode).eval()
+    out = prompted(ids, mask, labels=labels)
+    found = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert abs(found - out.loss) < 1e-5
+    smoothed = LabelSmoother(epsilon=0.0)(out, labels, shift_labels=True)
+    assert abs(smoothed - out.loss) < 1e-5
+    weights = prompted.prompt.prompt_embeddings
+    gradients = [torch.autograd.grad(one, weights, retain_graph=True)[0] for one in (found, out.loss)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
