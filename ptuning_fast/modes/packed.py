@@ -87,8 +87,8 @@ class Packed(Mode):
 def of_sequences(rows: Tensor, starts: Tensor, m: int, batch: Batch) -> Tensor:
     """Packed rows [1, T, ...] as [B, n, ...], 0 on padding; m rows from each of `starts` are virtual tokens.
 
-    Where a text has padding on its left, the column before it has the last virtual token's row, as in mode "prepend": it
-    predicts the first token.
+    Where a text has padding on its left, the column before it has the last virtual token's row, as in mode "prepend",
+    which predicts the first token.
     """
     is_token = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
     is_token[(starts[:, None] + torch.arange(m, device=rows.device)).flatten()] = False
