@@ -272,7 +272,8 @@ class Language:
                 f"a text of {given[0].shape[1]} tokens, between {virtual} virtual ones and {new} new ones, is too long "
                 f"for the {most} positions of the model: leave it out, or take a smaller --max-new-tokens"
             )
-        options_ = {"max_new_tokens": new, "pad_token_id": tokenizer.pad_token_id}
+        options_ = {"max_new_tokens": new, "pad_token_id": tokenizer.pad_token_id, "return_dict_in_generate": False}
+        options_ |= {"num_beams": 1, "num_return_sequences": 1}
         out = model.prompt.generate(*given, do_sample=False, eos_token_id=_ends(model, tokenizer), **options_)
         texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         return [text.replace("\r\n", "\r").replace("\n", "\\n") for text in texts], 0

@@ -137,10 +137,14 @@ def _doubts(train: list[Row], held_out: list[Row], names: list[str]) -> Iterator
     again = sum(tuple(row["input_ids"]) in known for row in held_out)
     if again:
         yield f"{again} of {len(held_out)} held-out texts are also trained on: what is measured of these is memory"
-    alike = {name.strip().casefold(): name for name in names}
-    pairs = [(name, alike[name.strip().casefold()]) for name in names]
+    alike = {_plain(name): name for name in names}
+    pairs = [(name, alike[_plain(name)]) for name in names]
     for one, other in [pair for pair in pairs if pair[0] != pair[1]][:1]:
         yield f"the labels {one!r} and {other!r} differ in case or spaces alone, and are told apart"
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.split()).casefold()
 
 
 def _check_ids(rows: list[Row], table_rows: int) -> None:

@@ -13,6 +13,7 @@ from . import adapter, peft
 
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
+_BASE = re.compile(r"^base_model: .*\n", re.MULTILINE)
 _OURS = re.compile(r"<!-- ptuning-fast -->\n.*?<!-- end of ptuning-fast -->\n", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
@@ -41,7 +42,7 @@ def _write(
             text = f"{_header(base_model)}\n# {kind}\n\n{text}"
         else:
             ours = text
-            text = _OURS.sub(lambda _: ours, old, count=1)
+            text = _OURS.sub(lambda _: ours, _BASE.sub(_base_line(base_model), old, count=1), count=1)
         adapter.replace(file, text.encode())
 
 
@@ -117,6 +118,9 @@ output = model(**tokenizer("a text", return_tensors="pt"))
 
 def _header(base_model: str) -> str:
     lines = ["library_name: transformers", "tags:", "- prompt-tuning", "- ptuning-fast"]
-    if _HUB_ID.fullmatch(base_model) and not Path(base_model).exists():  # the hub refuses a name of anything else
-        lines.insert(0, f"base_model: {json.dumps(base_model)}")
-    return "---\n" + "\n".join(lines) + "\n---\n"
+    return f"---\n{_base_line(base_model)}" + "\n".join(lines) + "\n---\n"
+
+
+def _base_line(base_model: str) -> str:
+    named = _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()  # the hub refuses a name of anything else
+    return f"base_model: {json.dumps(base_model)}\n" if named else ""

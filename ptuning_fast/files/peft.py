@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.info import is_a, unwrapped
 from . import adapter
@@ -29,6 +29,7 @@ TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
+    "ForQuestionAnsweringSimple": "QUESTION_ANS",
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
@@ -69,8 +70,12 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
     if task not in HEADS or hasattr(getattr(model, "_orig_mod", model), "peft_config"):
         return {}
     model = unwrapped(model)
-    inner = model.base_model_prefix + "."
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inner)}
+    inner = [model.base_model_prefix]
+    if model.base_model is model:  # T5ForQuestionAnswering has encoder and decoder in it
+        inner = [
+            name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
+        ]
+    return {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] not in inner}
 
 
 def class_of(model: Any) -> type:
@@ -79,10 +84,11 @@ def class_of(model: Any) -> type:
 
 
 def task_of(model: Any) -> str:
-    """PEFT's word for what a model is for."""
+    """PEFT's word for what a model is for; it generates behind a prompt with language models alone."""
     model = unwrapped(model)
-    task = next((task for end, task in TASKS.items() if is_a(model, end)), "FEATURE_EXTRACTION")
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder and task == "FEATURE_EXTRACTION" else task
+    of_others = "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION"
+    of_others = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else of_others
+    return next((task for end, task in TASKS.items() if is_a(model, end)), of_others)
 
 
 class Saved(NamedTuple):

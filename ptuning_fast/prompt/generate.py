@@ -23,7 +23,7 @@ from ..models.info import ModelInfo, unwrapped
 from ..models.probe import off_by, ordinary_tokens, padded, quietly, tolerance
 from ..op import Batch, Layout, Prompt
 
-__all__ = ["CachedPrompt", "copies_of_rows", "count_new_tokens", "takes_ids"]
+__all__ = ["CachedPrompt", "copies_of_rows", "count_new_tokens", "mask_of", "takes_ids"]
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 # Of generate's options those that change the cache, and those beside its config that concern decoding alone.
@@ -90,10 +90,18 @@ def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:
     return max(option("num_beams") or 1, option("num_return_sequences") or 1)
 
 
+def _settings(model: Any, options: dict[str, Any]) -> Any:
+    """What generate goes by: its options, then the caller's GenerationConfig, then the model's."""
+    settings = copy.copy(model.generation_config)
+    for given in (vars(options.get("generation_config") or settings), options):
+        known = {name: value for name, value in given.items() if value is not None and hasattr(settings, name)}
+        vars(settings).update(known)
+    return settings
+
+
 def takes_ids(model: Any, options: dict[str, Any]) -> bool:
     """Whether `model.generate(**options)` decodes by itself: with an assistant it would count the ids as its cache."""
-    settings = copy.copy(options.get("generation_config") or model.generation_config)
-    vars(settings).update({name: value for name, value in options.items() if name in vars(settings)})
+    settings = _settings(model, options)
     alone = settings.get_generation_mode(options.get("assistant_model")) in _ALONE
     return alone and not settings.prefill_chunk_size and options.get("custom_generate") is None
 
@@ -101,12 +109,22 @@ def takes_ids(model: Any, options: dict[str, Any]) -> bool:
 _ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
+def mask_of(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """The mask that generate makes of ids alone: what is padding and cannot be an end is none of the text."""
+    settings = _settings(model, options)
+    padding, ends = ([] if one is None else one for one in (settings.pad_token_id, settings.eos_token_id))
+    padding = set(torch.as_tensor(padding).flatten().tolist()) - set(torch.as_tensor(ends).flatten().tolist())
+    there = torch.ones_like(input_ids)
+    return there if not padding else (input_ids != padding.pop()).to(there)
+
+
 def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
     """`max_length` and `min_length`, which count the `columns` of what is given, as numbers of new tokens."""
-    settings = options.get("generation_config") or model.generation_config
+    settings = _settings(model, options)
     for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length = options.pop(name, None) or getattr(settings, name, None)
-        if not length or options.get(new, getattr(settings, new, None)) is not None:
+        length = getattr(settings, name, None)
+        options.pop(name, None)
+        if not length or getattr(settings, new, None) is not None:
             continue
         if name == "max_length" and length <= columns:
             raise ValueError(f"max_length is {length}, and there are {columns} columns already: take max_new_tokens")

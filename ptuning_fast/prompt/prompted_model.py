@@ -260,7 +260,8 @@ class PromptedModel(nn.Module):
     @property
     def loss_type(self) -> str | None:
         """For Trainer, which leaves first labels out of its count where the loss does."""
-        return "ForCausalLM" if self.prompt.has_causal_loss else getattr(self.model, "loss_type", None)
+        own = getattr(self.model, "loss_type", None)
+        return "ForCausalLM" if self.prompt.has_causal_loss else None if own == "ForCausalLM" else own
 
     @property
     def accepts_loss_kwargs(self) -> bool:

@@ -15,7 +15,7 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
-from .generate import CachedPrompt, copies_of_rows, count_new_tokens, takes_ids
+from .generate import CachedPrompt, copies_of_rows, count_new_tokens, mask_of, takes_ids
 from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
 from .loss import (
@@ -320,7 +320,7 @@ class SoftPrompt(Saving):
             options: `generate`'s own.
         """
         if attention_mask is None and torch.is_tensor(input_ids):
-            attention_mask = torch.ones_like(input_ids)  # nobody guesses it from the ids then, nor positions
+            attention_mask = mask_of(self.model, input_ids, options)
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
         if not self.info.has_decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):
             warnings.warn(

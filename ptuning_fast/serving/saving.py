@@ -141,7 +141,7 @@ class Saving(nn.Module):
     def from_pretrained(cls, model: Any, folder: str | Path, *, any_base: bool = False) -> "Self":
         """The prompt that `save_pretrained` wrote, or PEFT's (PROMPT_TUNING, P_TUNING), ready to be used or trained on.
 
-        A head that was saved with it is loaded into `model`.
+        In eval mode: `train()` gives an encoder its dropout back. A head that was saved with it is loaded into `model`.
 
         Args:
             folder: a folder, or a repository on the hub ("user/name").
@@ -170,4 +170,4 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
-        return prompt
+        return prompt.eval()

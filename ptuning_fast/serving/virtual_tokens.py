@@ -95,6 +95,7 @@ def save(tokenizer: Any, folder: Path, before: list[int], original: Any) -> None
         # Classes of one architecture make a post-processor of their own as they load; this one takes tokenizer.json's.
         settings = json.loads(file.read_text(encoding="utf-8"))
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        settings |= {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     loaded = AutoTokenizer.from_pretrained(folder)
     original = copy.deepcopy(original)  # a call leaves its padding behind
