@@ -42,7 +42,9 @@ def _write(
             text = f"{_header(base_model)}\n# {kind}\n\n{text}"
         else:
             ours = text
-            text = _OURS.sub(lambda _: ours, _BASE.sub(_base_line(base_model), old, count=1), count=1)
+            if _OURS.search(old) and _base_line(base_model):
+                old = _BASE.sub(_base_line(base_model), old, count=1)
+            text = _OURS.sub(lambda _: ours, old, count=1)
         adapter.replace(file, text.encode())
 
 

@@ -142,6 +142,7 @@ def test_what_is_worth_a_word(rows, tmp_path, capsys, monkeypatch):
     assert "3 labels ('XML ', 'asyncio', 'xml'); 1 texts cut to 504 tokens" in out
     assert "warning: 3 of 5 held-out texts are also trained on: what is measured of these is memory" in out
     assert "warning: the labels 'XML ' and 'xml' differ in case or spaces alone, and are told apart" in out
+    assert any("'x  y' and 'x y' differ" in doubt for doubt in train._doubts([], [], ["x  y", "z", "x y"]))
     first, last = re.search(r"4 steps, loss ([\d.]+) at first and ([\d.]+) in the end", out).groups()
     assert first != last
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"short\n" + b"word " * 700)))

@@ -184,6 +184,9 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
         (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": own}))
         expected = written(tokenizer.decode(ids[:2], skip_special_tokens=True))
         assert predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]
+    beams = {"num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": ids[1]} | beams))
+    assert predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]
 
 
 def test_a_continuation_is_one_line(untrained, tmp_path, capsys, monkeypatch):

@@ -215,3 +215,12 @@ def test_embeddings_for_one_of_a_bank():
             prompt.embeddings_for(*arguments)
     with pytest.raises(ValueError, match="prompt_index is 0, and num_prompts None"):
         prompt_for().embeddings_for([3], prompt_index=0)
+
+
+def test_the_base_model_is_that_of_the_last_save(tmp_path):
+    prompt_for(base="some/llama").save_pretrained(tmp_path)
+    file = tmp_path / adapter.CARD
+    file.write_text(file.read_text().replace("tags:", "license: mit\ntags:"))
+    prompt_for(base="other/llama").save_pretrained(tmp_path)
+    settings = settings_of(file.read_text())
+    assert settings["base_model"] == "other/llama" and settings["license"] == "mit"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 import zoo
 
 from ptuning_fast import FastPTuning, SoftPrompt
@@ -361,3 +362,20 @@ def test_a_half_precision_prompt_comes_back_as_it_was(tmp_path):
     loaded = SoftPrompt.from_pretrained(model, tmp_path)
     assert loaded.prompt_embeddings.dtype == torch.bfloat16
     assert torch.equal(loaded.prompt_embeddings, prompt.prompt_embeddings)
+
+
+def test_peft_generates_behind_a_prompt_of_whatever_generates(tmp_path):
+    """Its class for language models does, and no other."""
+    peft = pytest.importorskip("peft")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    config = transformers.BertGenerationConfig(vocab_size=zoo.V, **sizes, is_decoder=True, initializer_range=0.3)
+    model = transformers.BertGenerationDecoder(config).eval()
+    prompt = SoftPrompt(model, 4, init=torch.randn(4, 32))
+    prompt.save_pretrained(tmp_path)
+    ids, options = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = prompt.generate(ids, torch.ones_like(ids), **options)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    found = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(found[:, -6:], expected)
+    assert not torch.equal(model.generate(ids, **options)[:, -6:], expected)

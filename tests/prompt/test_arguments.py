@@ -301,6 +301,16 @@ def test_lengths_of_generate_count_the_input():
         prompted.generate(ids, mask, max_length=2)
 
 
+def test_lengths_of_the_models_config_beside_one_of_the_callers():
+    model = zoo.build("Llama")
+    prompted, ids = PromptedModel(model, 3).eval(), torch.stack(zoo.texts([5]))
+    for own, given, columns in (({"max_length": 12}, {}, 12), ({"max_length": 12}, {"max_length": 9}, 9)):
+        vars(model.generation_config).update(own)
+        config = transformers.GenerationConfig(do_sample=False, eos_token_id=None, **given)
+        assert prompted.generate(ids, generation_config=config).shape == (1, columns)
+        assert model.generate(ids, generation_config=config).shape == (1, columns)
+
+
 def test_a_loss_function_set_on_the_wrapper_is_the_models():
     prompted = PromptedModel(zoo.build("Llama"), 3).eval()
     ids, mask, labels = batch()

@@ -88,6 +88,13 @@ def test_texts_without_a_mask(name, kept, torch_backend):
     expected = model.generate(**prompt(ids, torch.ones_like(ids)), **options)
     assert torch.equal(prompt.generate(ids, **options), expected)
     assert torch.equal(prompt.generate(ids, no_repeat_ngram_size=30, **options), expected)
+    end, padding, *_ = (token for token in range(80, zoo.V) if token not in ids and token not in expected)
+    padded = torch.cat([torch.full((2, 2), padding), ids], 1)
+    for given in (
+        {"pad_token_id": padding},
+        {"generation_config": transformers.GenerationConfig(pad_token_id=padding)},
+    ):
+        assert torch.equal(prompt.generate(padded, eos_token_id=end, **given, **options), expected)
 
 
 @pytest.mark.parametrize("sample", [False, True])

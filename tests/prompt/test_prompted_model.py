@@ -300,3 +300,36 @@ def test_generate_begins_with_the_input(options):
     new = new if torch.is_tensor(new) else new.sequences
     assert torch.equal(out[:, ids.shape[1] :], new)
     assert torch.equal(out[:: len(out) // len(ids), : ids.shape[1]], ids)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "sizes", "head"),
+    [
+        (
+            "T5ForQuestionAnswering",
+            {"d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
+            "qa_outputs",
+        ),
+        ("XLNetForQuestionAnsweringSimple", {"n_layer": 1, "n_head": 4, "d_inner": 48}, "qa_outputs"),
+    ],
+)
+def test_heads_of_classes_of_other_names_or_with_no_base(class_name, sizes, head, tmp_path):
+    kind = getattr(transformers, class_name)
+    prompted = PromptedModel(kind(kind.config_class(**sizes, d_model=32, vocab_size=zoo.V)), 3)
+    trained = {name for name, one in prompted.named_parameters() if one.requires_grad}
+    assert trained == {"prompt.prompt_embeddings", f"model.{head}.weight", f"model.{head}.bias"}
+    prompted.save_pretrained(tmp_path)
+    again = PromptedModel.from_pretrained(kind(prompted.config), tmp_path)
+    assert torch.equal(getattr(again.model, head).weight, getattr(prompted.model, head).weight)
+
+
+def test_a_loss_of_another_class_is_counted_as_it_counts():
+    """Nobody knows whether it leaves first labels out, so Trainer's count has them, and so has the loss."""
+
+    class Other(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, inputs_embeds=None, labels=None, **kwargs):
+            return super().forward(input_ids, inputs_embeds=inputs_embeds, labels=labels, **kwargs)
+
+    model = Other(zoo.build("Llama").config)
+    model.loss_type = "ForCausalLM"
+    assert PromptedModel(model, 3).loss_type is None and PromptedModel(zoo.build("Llama"), 3).loss_type == "ForCausalLM"

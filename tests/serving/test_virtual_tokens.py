@@ -94,6 +94,14 @@ def test_what_a_text_becomes(tmp_path, original):
     assert batch["attention_mask"][1] == [0] * pads + [1] * (m + n - pads)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_its_sides_stay(tmp_path, original, side):
+    original = copy.deepcopy(original)
+    original.padding_side = original.truncation_side = side
+    tokenizer, _ = saved(original, tmp_path)
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == (side, side)
+
+
 def test_what_is_decoded(tmp_path, original):
     theirs, ids = saved(original, tmp_path)
     expected = original.decode(original(TEXT)["input_ids"], skip_special_tokens=True)
