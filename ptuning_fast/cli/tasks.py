@@ -281,8 +281,8 @@ class Language:
 
 def _before(prompt: str, tokenizer: Any) -> list[int]:
     """The tokens of what is to be continued: without the end that some tokenizers add."""
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    ids, other = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, "a"))
+    return ids[:-1] if other[-1:] == [tokenizer.eos_token_id] else ids  # of one that is the beginning, too, it is kept
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int] | None:

@@ -13,7 +13,7 @@ from . import adapter, peft
 
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
-_BASE = re.compile(r"^base_model: .*\n", re.MULTILINE)
+_BASE = re.compile(r"^base_model:.*\n(?:- .*\n)*", re.MULTILINE)
 _OURS = re.compile(r"<!-- ptuning-fast -->\n.*?<!-- end of ptuning-fast -->\n", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
@@ -43,7 +43,7 @@ def _write(
         else:
             ours = text
             if _OURS.search(old) and _base_line(base_model):
-                old = _BASE.sub(_base_line(base_model), old, count=1)
+                old = re.sub("^---\n", f"---\n{_base_line(base_model)}", _BASE.sub("", old, count=1), count=1)
             text = _OURS.sub(lambda _: ours, old, count=1)
         adapter.replace(file, text.encode())
 

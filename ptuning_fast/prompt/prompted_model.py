@@ -121,9 +121,10 @@ class PromptedModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> "ModelOutput":
-        """The model's outputs, without rows for virtual tokens: `logits` are [B, n, V], 0 on padding.
+        """The model's outputs, without rows for virtual tokens: `logits` are [B, n, V].
 
-        (But in the column before a text with padding on its left: there is what predicts its first token.)
+        Those on padding mean nothing, but in the column before a text with padding on its left: they predict its first
+        token.
 
         The label in the first column counts for nothing, as in the model's own loss, and as Trainer and TRL count
         (`SoftPrompt.loss` has the last virtual token predict it). With labels, in training, a language model gives its

@@ -319,7 +319,7 @@ class SoftPrompt(Saving):
                 that the model does not: weights that were changed, adapters and hooks cannot be noticed.
             options: `generate`'s own.
         """
-        if attention_mask is None and torch.is_tensor(input_ids):
+        if attention_mask is None and torch.is_tensor(input_ids) and not self.info.has_decoder:
             attention_mask = mask_of(self.model, input_ids, options)
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
         if not self.info.has_decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):

@@ -206,6 +206,9 @@ def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
     assert tokenizer("Parse it")["input_ids"][-1] == 0
     assert predicted(folder, "\n".join(texts), capsys, "--max-new-tokens", "5") == expected
+    begins = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])  # OPT's, whose end is its beginning
+    tokenizer.backend_tokenizer.post_processor = begins
+    assert tasks._before("", tokenizer) == [0] and tasks._before("Parse it", tokenizer)[0] == 0
 
 
 def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys, monkeypatch):

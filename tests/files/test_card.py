@@ -224,3 +224,7 @@ def test_the_base_model_is_that_of_the_last_save(tmp_path):
     prompt_for(base="other/llama").save_pretrained(tmp_path)
     settings = settings_of(file.read_text())
     assert settings["base_model"] == "other/llama" and settings["license"] == "mit"
+    for others in ("", "base_model:\n- some/llama\n"):
+        file.write_text(file.read_text().replace('base_model: "other/llama"\n', others))
+        prompt_for(base="other/llama").save_pretrained(tmp_path)
+        assert settings_of(file.read_text()) == settings

@@ -173,6 +173,7 @@ def test_an_encoder_decoder_and_a_bank(torch_backend):
     assert torch.equal(
         prompt.generate(ids, mask, max_new_tokens=4), model.generate(**prompt(ids, mask), max_new_tokens=4)
     )
+    assert torch.equal(prompt.generate(ids, max_new_tokens=4), model.generate(**prompt(ids), max_new_tokens=4))
     model = zoo.build("Llama")
     bank, index = SoftPrompt(model, zoo.M, num_prompts=2), torch.tensor([1, 0])
     ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
