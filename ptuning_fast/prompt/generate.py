@@ -23,7 +23,7 @@ from ..models.info import ModelInfo, unwrapped
 from ..models.probe import off_by, ordinary_tokens, padded, quietly, tolerance
 from ..op import Batch, Layout, Prompt
 
-__all__ = ["CachedPrompt", "copies_of_rows", "count_new_tokens", "mask_of", "takes_ids"]
+__all__ = ["CachedPrompt", "copies_of_rows", "count_new_tokens", "generate_behind", "mask_of", "takes_ids"]
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 # Of generate's options those that change the cache, and those beside its config that concern decoding alone.
@@ -130,6 +130,17 @@ def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
             raise ValueError(f"max_length is {length}, and there are {columns} columns already: take max_new_tokens")
         if length > columns:
             options[new] = length - columns
+
+
+def generate_behind(model: Any, input_ids: Tensor, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+    """What `model.generate(**inputs, **options)` returns, by the ids of the text, too: new tokens only."""
+    n, columns = input_ids.shape[1], inputs["inputs_embeds"].shape[1]
+    count_new_tokens(model, options, columns)
+    out = model.generate(input_ids=input_ids, **inputs, **options)
+    if torch.is_tensor(out):
+        return out[:, n:]
+    out.sequences = out.sequences[:, n:]
+    return out
 
 
 def _filled(model: Any, info: ModelInfo, prompt: Prompt) -> DynamicCache:

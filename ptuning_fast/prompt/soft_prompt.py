@@ -15,7 +15,7 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
-from .generate import CachedPrompt, copies_of_rows, count_new_tokens, mask_of, takes_ids
+from .generate import CachedPrompt, copies_of_rows, generate_behind, mask_of, takes_ids
 from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
 from .loss import (
@@ -338,15 +338,9 @@ class SoftPrompt(Saving):
             self.info.check_room(self.length, input_ids)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
-        n = input_ids.shape[1]
-        if not n or self.info.has_decoder or not takes_ids(self.model, options):
+        if not input_ids.shape[1] or self.info.has_decoder or not takes_ids(self.model, options):
             return self.model.generate(**inputs, **options)
-        count_new_tokens(self.model, options, self.length + n)
-        out = self.model.generate(input_ids=input_ids, **inputs, **options)
-        if torch.is_tensor(out):
-            return out[:, n:]
-        out.sequences = out.sequences[:, n:]
-        return out
+        return generate_behind(self.model, input_ids, inputs, options)
 
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:
