@@ -20,7 +20,8 @@ __all__ = ["last_checkpoint", "trainer_of"]
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest in `folder` that is whole: a Trainer writes trainer_state.json last."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda one: -int(one.name.split("-")[1])):
+    numbers = {int(one.name[11:]): one for one in folder.glob("checkpoint-*") if one.name[11:].isdecimal()}
+    for _, checkpoint in sorted(numbers.items(), reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

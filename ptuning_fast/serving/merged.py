@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import card
+from ..files import adapter, card
 from ..models.embedding import embed_scale, unreadable
 from ..models.info import unwrapped
 from . import virtual_tokens
@@ -45,6 +45,9 @@ def save(
     for name in (model.config._name_or_path, getattr(tokenizer, "name_or_path", "")):
         if name and Path(name).is_dir() and folder.resolve() == Path(name).resolve():
             raise ValueError(f"{folder} is where the model itself is: it would be replaced, so name another folder")
+    kind, _ = adapter.kind_of(folder, {})
+    if kind:
+        raise ValueError(f"{folder} holds a {kind} adapter, and transformers would load its model: name another folder")
     if not rows.numel():
         raise ValueError("there are no virtual tokens to merge: model.save_pretrained is all it takes")
     tokens = [[f"<|{name}_{place}|>" for place in range(prompts.shape[1])] for name in names]

@@ -122,7 +122,8 @@ class Saving(nn.Module):
         Raises:
             TypeError: a model whose vocabulary cannot hold the prompt (an encoder-decoder, quantized, sharded, with an
                 adapter of PEFT's), or a slow tokenizer, with what to do instead.
-            ValueError: another model's tokenizer, or one whose ids have a gap; names that are taken.
+            ValueError: another model's tokenizer, or one whose ids have a gap; names that are taken; a folder that
+                holds the model itself, or an adapter.
         """
         return merged.save(folder, self.model, tokenizer, self.final_prompt(), names, post_processor)
 

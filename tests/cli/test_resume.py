@@ -64,10 +64,11 @@ def test_killed_and_resumed_is_undisturbed(command, tmp_path, capsys):
 
     (kept / "checkpoint-999").mkdir()  # one that was cut off when it was written
     (kept / "checkpoint-999/trainer_state.json").write_text("{")
+    (kept / "checkpoint-best").mkdir()  # somebody's, which stays
     assert main(resume) == 0
     printed = capsys.readouterr().out
     assert "going on from" in printed and "checkpoint-999" not in printed
-    assert not kept.exists()
+    assert [one.name for one in kept.iterdir()] == ["checkpoint-best"]
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     assert "60 steps" in printed and "60 steps" in capsys.readouterr().out
     torch.set_num_threads(threads)

@@ -355,7 +355,7 @@ def test_ids_with_a_gap(tmp_path):
 
 
 def test_the_models_own_folder_and_another_models_tokenizer(tmp_path):
-    """The base would be gone, or other tokens be overwritten."""
+    """The base would be gone, or other tokens be overwritten; beside an adapter, its own base would be loaded."""
     tokenizer = byte_level()
     model = zoo.build("Llama", vocab_size=2 * len(tokenizer))
     model.save_pretrained(tmp_path / "base")
@@ -364,5 +364,10 @@ def test_the_models_own_folder_and_another_models_tokenizer(tmp_path):
     prompt = SoftPrompt(model, 3)
     with pytest.raises(ValueError, match="is where the model itself is"):
         prompt.save_pretrained_merged(tmp_path / "base", tokenizer)
+    prompt.save_pretrained(tmp_path / "adapter")
+    before = sorted((tmp_path / "adapter").iterdir())
+    with pytest.raises(ValueError, match="adapter holds a PROMPT_TUNING adapter"):
+        prompt.save_pretrained_merged(tmp_path / "adapter", tokenizer)
+    assert sorted((tmp_path / "adapter").iterdir()) == before
     with pytest.warns(UserWarning, match="if this is not the model's own tokenizer"):
         prompt.save_pretrained_merged(tmp_path / "merged", tokenizer)
