@@ -5,7 +5,7 @@ import sweep
 import torch
 import torch.nn.functional as F
 import zoo
-from transformers import BambaConfig, BambaForCausalLM
+from transformers import BambaConfig, BambaForCausalLM, FunnelConfig, FunnelModel
 
 from ptuning_fast import SoftPrompt
 from ptuning_fast.models import describe
@@ -136,6 +136,8 @@ def test_auto_takes_the_fewest_rows_that_are_exact_as_the_model_stands(torch_bac
     assert taken(prompt) == columns["packed"]
     assert taken(SoftPrompt(zoo.build("BERT"), zoo.M)) == columns["packed"]
     assert taken(SoftPrompt(zoo.build("Bloom"), zoo.M)) == columns["prepend"]
+    funnel = FunnelModel(FunnelConfig(vocab_size=1000, d_model=zoo.D, n_head=4, d_head=8, d_inner=64))  # fails on two tokens
+    assert SoftPrompt(funnel, zoo.M)(ids, mask, mode="auto")["inputs_embeds"].shape[1] == columns["prepend"]
     # Of as many rows, those without ado: one text has nothing to share, and no padding.
     inputs = SoftPrompt(model, zoo.M)(ids[3:], mask[3:], mode="auto")
     assert "cu_seq_lens_q" not in inputs
