@@ -6,6 +6,8 @@ transformers' heads take the rows as `logits_to_keep`, its causal loss the label
 (loss/loss_utils.py); whatever a head does to its logits (softcap, scale) is still done by it.
 """
 
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ __all__ = [
     "last_rows",
     "on_labelled_rows",
     "predicting",
+    "warn_of_ignored",
 ]
 
 
@@ -148,6 +151,23 @@ def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
         raise ValueError(
             "labels has tokens where attention_mask is 0, which no prompt is trained on, and num_items_in_batch counts "
             "them: give -100 there, as transformers' collators do"
+        )
+
+
+def warn_of_ignored(model: Any, info: ModelInfo) -> None:
+    """A warning where rows labelled -100 have a part in the loss, as in ELECTRA's of replaced tokens: a prompt's do."""
+    inner = unwrapped(model)
+    ids, _ = _short_text(inner)
+    with quietly(inner):
+        try:
+            loss = inner(input_ids=ids, labels=torch.full_like(ids, -100)).loss.item()
+        except Exception:  # whatever a model that needs more than ids does
+            return
+    if math.isfinite(loss) and loss != 0:
+        warnings.warn(
+            f"the loss of {info.name} counts rows whose label is -100, and so those of virtual tokens: compute it from "
+            "the logits of the tokens",
+            stacklevel=2,
         )
 
 

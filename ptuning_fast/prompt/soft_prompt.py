@@ -27,6 +27,7 @@ from .loss import (
     last_rows,
     on_labelled_rows,
     predicting,
+    warn_of_ignored,
 )
 
 __all__ = ["SoftPrompt"]
@@ -182,6 +183,8 @@ class SoftPrompt(Saving):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
+        if self.length and per_token and not torch.compiler.is_compiling():
+            self._of_loss(warn_of_ignored)
         if self.length == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
         prompt = Prompt(self.embeddings(), prompt_index)
