@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.by_length import groups_of
+from ..models.embedding import device_of
 from ..models.families import Family, family_of
 from ..models.info import gives_more
 from ..models.probe import quietly
@@ -28,8 +29,7 @@ def prunable(model: Any) -> bool:
     if family is None or family.part is None or model.base_model is not model:
         return False
     with quietly(model):
-        table = model.get_input_embeddings()
-        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=table.weight.device)
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device_of(model.get_input_embeddings()))
         full = model(input_ids=ids).last_hidden_state[:, 1:2]
         pruned = of_pooled_rows(model, torch.tensor([1, 1], device=ids.device))
         rows = full if pruned is None else pruned(input_ids=ids).last_hidden_state

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from . import adapter, peft
+from ..models.families import class_of
+from . import adapter
 
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
@@ -56,7 +57,7 @@ def write_adapter(
     folder: str | Path, model: Any, config: dict[str, Any], settings: dict[str, Any], figures: dict[str, Any] | None
 ) -> None:
     """The card of a soft prompt, from the settings that are saved with it."""
-    base, class_name = config["base_model_name_or_path"] or "", peft.class_of(model).__name__
+    base, class_name = config["base_model_name_or_path"] or "", class_of(model).__name__
     encoder = settings["encoder"] or {}
     facts = {
         "task": config["task_type"],
@@ -103,7 +104,7 @@ logits = model(**tokenizer(["a text"], truncation=True, max_length={length}, ret
 
 def write_merged(folder: Path, model: Any, strings: dict[str, str], length: int, bank: bool) -> None:
     """The card of a checkpoint with one or more prompts in its vocabulary."""
-    auto = "AutoModelForCausalLM" if model.can_generate() else type(model).__name__
+    auto = "AutoModelForCausalLM" if model.can_generate() else class_of(model).__name__
     folder_of_one = f', subfolder="{next(iter(strings))}"' if bank else ""
     code = f"""
 from transformers import {auto}, AutoTokenizer

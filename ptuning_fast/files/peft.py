@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..models.info import is_a, unwrapped
 from . import adapter
 
-__all__ = ["Saved", "class_of", "head_of", "load", "peft_config", "save", "task_of"]
+__all__ = ["Saved", "head_of", "load", "peft_config", "save", "task_of"]
 
 OURS = "ptuning_fast."
 FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
@@ -76,11 +76,6 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
             name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
         ]
     return {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] not in inner}
-
-
-def class_of(model: Any) -> type:
-    """The class of a transformers model, of which FSDP2 makes one of its own."""
-    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
 
 
 def task_of(model: Any) -> str:

@@ -1,16 +1,17 @@
 """The op over a model's own input embedding: read directly where that is exact, called as it is everywhere else."""
 
-import sys
 import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..op import Batch, Embedded, Layout, Prompt, embed, embed_plainly
 from ..op.checks import check, raise_for_ids
+from .families import class_of
 
-__all__ = ["prepend", "unreadable"]
+__all__ = ["device_of", "prepend", "rows_of", "unreadable"]
 
 
 _TRAINABLE = "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
@@ -53,17 +54,27 @@ def prepend(embedding: nn.Module, batch: Batch, prompt: Prompt, layout: Layout) 
     return embed_plainly(Batch(places, *batch[1:]), rows.flatten(0, 1), prompt, layout)
 
 
+def device_of(embedding: Any) -> torch.device:
+    """Where ids for `embedding` go: an offloaded table is on no device, and whoever brings it in takes them along."""
+    device: torch.device = embedding.weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def rows_of(embedding: Any, ids: Tensor) -> Any:
+    """What `embedding(ids)` returns; a table that FSDP2 has sharded is gathered, by all processes at once."""
+    if _is_sharded(embedding.weight) and unreadable(embedding) is None:
+        return F.embedding(ids, embedding.weight.full_tensor()) * embed_scale(embedding)
+    return embedding(ids)
+
+
 def unreadable(embedding: Any) -> str | None:
     """Why `embedding.weight[ids] * scale` might not be what `embedding(ids)` returns, or None where it is."""
-    kind: Any = type(embedding)
+    kind = class_of(embedding)
     hooks: Any = ()
     if embedding._forward_hooks or embedding._forward_pre_hooks:
         hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
-        # What gradient checkpointing adds makes the rows require grad, and those behind a prompt do.
+        # What gradient checkpointing adds makes the rows require grad, and those behind a prompt do; FSDP2's gather.
         hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
-    # FSDP2 puts a class of its own before the module's, and its own hooks around.
-    if _is_a(embedding, "torch.distributed.fsdp", "FSDPModule"):
-        kind = kind.__mro__[2]
         hooks = [hook for hook in hooks if type(getattr(hook, "__self__", None)).__name__ != "FSDPState"]
     if kind is not nn.Embedding:
         scaled = kind.__name__.endswith(_SCALED) and kind.__module__.startswith("transformers.")
@@ -94,13 +105,7 @@ def unreadable(embedding: Any) -> str | None:
 
 
 def _is_sharded(weight: Any) -> bool:
-    return _is_a(weight, "torch.distributed.tensor", "DTensor")
-
-
-def _is_a(one: Any, module: str, kind: str) -> bool:
-    """Whether it is of a class of a module that, if it is, somebody has imported; importing it takes half a second."""
-    found = sys.modules.get(module)
-    return found is not None and isinstance(one, getattr(found, kind))
+    return hasattr(weight, "full_tensor")  # a DTensor's; to import its class takes long
 
 
 # transformers' embeddings that multiply by `embed_scale` and do nothing else (Bart, Gemma 3, ... ).

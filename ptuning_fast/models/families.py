@@ -6,7 +6,7 @@ tests/zoo.py); any other is probed at its first use (probe.py), and gets no savi
 
 from typing import Any, NamedTuple
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "class_of", "family_of"]
 
 
 class Family(NamedTuple):
@@ -63,7 +63,12 @@ FAMILIES = {
 }
 
 
+def class_of(module: Any) -> type:
+    """The class of `module`, of which FSDP2 makes one of its own."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
 def family_of(model: Any) -> Family | None:
     """The row of `model`'s architecture; None where there is none, or its code is not transformers' own."""
-    ours = type(model).__module__.startswith("transformers.")
+    ours = class_of(model).__module__.startswith("transformers.")
     return FAMILIES.get(model.config.model_type) if ours else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..op import Batch
-from .families import family_of
+from .families import class_of, family_of
 from .positions import counts_columns, max_positions, position_start, steady_length
 
 __all__ = ["ModelInfo", "describe", "gives_more", "has_decoder", "is_a", "unwrapped", "what_draws"]
@@ -151,7 +151,7 @@ def describe(model: nn.Module) -> ModelInfo:
     absolute = family is not None and family.absolute and embedding_type == "absolute"
     takes = frozenset(inspect.signature(model.forward).parameters)
     return ModelInfo(
-        name=type(model).__name__,
+        name=class_of(model).__name__,
         takes=takes,
         position_start=position_start(model),
         max_positions=max_positions(model),
@@ -214,7 +214,7 @@ _RANDOM = re.compile("drop|jitter|noise")
 
 
 def _refuse(model: Any) -> None:
-    name = type(model).__name__
+    name = class_of(model).__name__
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
         raise TypeError(f"{name} is not a transformers model")
     takes = inspect.signature(model.forward).parameters.keys()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..op import Batch, Prompt
+from .embedding import device_of, rows_of
 from .families import family_of
 from .info import has_decoder
 
@@ -43,6 +44,9 @@ def quietly(model: nn.Module) -> Iterator[None]:
     with _one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False), _put_back(model):
         model.eval()
         for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "return_dict", True) is False:  # outputs are looked at by their names
+                config.return_dict = True
             # In eval mode 4-bit weights are packed anew for a CPU (bitsandbytes), and have no gradient from then on.
             module.training = any(not one.is_floating_point() for one in module.parameters(recurse=False))
         yield
@@ -100,17 +104,15 @@ class Outcome(NamedTuple):
 LENGTH, TEXTS = 3, (6, 3)  # virtual tokens, and the tokens of the two texts
 
 
-def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool = False) -> Outcome | None:
+def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool = False) -> Outcome:
     """What comes out where `serve` prepends three ordinary tokens, as vectors, to two short texts.
 
-    With `of_columns` the outputs per column alone are compared (a packed row has no pooled output of each text). None
-    where the model cannot be called with ids alone, or its table is no plain tensor (sharded, quantised).
+    With `of_columns` the outputs per column alone are compared (a packed row has no pooled output of each text). Of a
+    model that is sharded every process must make it, as a forward is one of all.
     """
     table = model.get_input_embeddings()
-    if type(table.weight) not in (Tensor, nn.Parameter):
-        return None
-    device = table.weight.device
-    tokens = ordinary_tokens(model.config, table.weight.shape[0], LENGTH + max(TEXTS))
+    device, V = device_of(table), getattr(table, "num_embeddings", table.weight.shape[0])
+    tokens = ordinary_tokens(model.config, V, LENGTH + max(TEXTS))
     first, texts = tokens[:LENGTH], [tokens[LENGTH : LENGTH + n] for n in TEXTS]
     errors: list[str] = []
     with quietly(model):
@@ -120,9 +122,9 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
                 ids = torch.tensor([first + text], device=device)
                 out = _call(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
                 expected.append(_of_row(out, 0, slice(LENGTH, None), ids.shape[1], of_columns))
-            prompt = Prompt(table(torch.tensor(first, device=device)).float())
-        except Exception:  # whatever a model that needs more than ids does
-            return None
+            prompt = Prompt(rows_of(table, torch.tensor(first, device=device)).float())
+        except Exception as error:  # whatever a model that needs more than ids does
+            return Outcome(None, None, None, f"it cannot be called with ids alone: {error}")
 
         def off(rows: list[list[int]], side: str, truth: list[dict[str, Tensor]]) -> float | None:
             batch = padded(rows, side, tokens[0], device)
@@ -143,9 +145,9 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
 
 def of_ids(model: Any) -> Tensor | None:
     """What `model` makes of two short texts, ids and padding; None where it needs more than these."""
-    table = model.get_input_embeddings().weight
-    tokens = ordinary_tokens(model.config, table.shape[0], sum(TEXTS))
-    batch = padded([tokens[: TEXTS[0]], tokens[TEXTS[0] :]], "right", tokens[0], table.device)
+    table = model.get_input_embeddings()
+    tokens = ordinary_tokens(model.config, table.weight.shape[0], sum(TEXTS))
+    batch = padded([tokens[: TEXTS[0]], tokens[TEXTS[0] :]], "right", tokens[0], device_of(table))
     with quietly(model):
         try:
             given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -157,7 +159,7 @@ def of_ids(model: Any) -> Tensor | None:
 def is_causal(model: Any) -> bool:
     """Whether a token reaches later rows only: the first row's state, behind two different second tokens."""
     with quietly(model):
-        ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
+        ids = torch.tensor([[1, 2], [1, 3]], device=device_of(model.get_input_embeddings()))
         first = _state(_call(model, {"input_ids": ids}, ids))[:, 0].float()
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
 
@@ -274,7 +276,7 @@ def takes_additive_mask(model: Any) -> bool:
     if model.base_model is not model or model.config._attn_implementation not in ("sdpa", "eager"):
         return False
     with quietly(model):
-        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=model.get_input_embeddings().weight.device)
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device_of(model.get_input_embeddings()))
         mask = torch.tensor([[1, 1, 1], [1, 1, 0]], device=ids.device)
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
         added = torch.where(mask == 0, torch.finfo(hidden.dtype).min, 0.0).to(hidden.dtype)[:, None, None]

@@ -64,9 +64,14 @@ class Mode:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the input embedding")  # is said at the call itself
             found = self.probe_always(inner)
-        if found is None or found.alone is None:
-            return False
         most, name = tolerance(inner), self.info.name
+        if found.alone is None:
+            warnings.warn(
+                f"{name} could not be probed ({found.error}): nothing says that a text's outputs in a padded batch are "
+                "those of the text alone, so give it batches of texts of one length",
+                stacklevel=6,
+            )
+            return False
         if found.alone > most:
             raise TypeError(
                 f"{name} makes something else of inputs_embeds than of the input_ids that they stand for (probed in "
@@ -82,7 +87,7 @@ class Mode:
             return False
         return found.left is not None and found.left > most
 
-    def probe_always(self, model: nn.Module) -> Outcome | None:
+    def probe_always(self, model: nn.Module) -> Outcome:
         """What comes out of this mode, whether the architecture has a row or not."""
 
         def serve(prompt: Prompt, batch: Batch) -> Served:

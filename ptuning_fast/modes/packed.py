@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..attention.interface import keeps_attention, mask_of_packed, narrowed, obstacle_of_attention, serve_packed
 from ..models.embedding import prepend
+from ..models.families import class_of
 from ..models.info import ModelInfo, unwrapped
 from ..models.positions import counts_columns
 from ..models.probe import Outcome, of_ids, tolerance
@@ -46,7 +47,7 @@ class Packed(Mode):
         serve_packed(inner)
         with narrowed(NARROW):
             found = self.probe_always(inner)
-        reason = _reason(found, tolerance(inner)) if found is not None else None
+        reason = _reason(found, tolerance(inner))
         if reason is None and of_padded is not None and not _same(of_padded, of_ids(inner)):
             reason = "it computes otherwise where its attention implementation has another name"
         if reason is None:
@@ -138,7 +139,7 @@ def _check(model: Any) -> None:
     Such are models that do not go through transformers' AttentionInterface, most of them because they add a bias of
     their own to the scores: ALiBi (Bloom), relative positions (T5, DeBERTa, MPNet).
     """
-    name, config = type(model).__name__, model.config
+    name, config = class_of(model).__name__, model.config
     if not getattr(model, "_supports_attention_backend", False) or config.is_encoder_decoder:
         raise TypeError(
             f"{name} computes its attention by itself (biases on the scores, or an encoder-decoder), so it cannot be "

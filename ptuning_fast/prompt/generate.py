@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
-from ..models.embedding import prepend
+from ..models.embedding import device_of, prepend, rows_of
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import off_by, ordinary_tokens, padded, quietly, tolerance
 from ..op import Batch, Layout, Prompt
@@ -170,17 +170,17 @@ def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
         return set()
     sides = ("right", "left")
     table = inner.get_input_embeddings()
-    tokens = ordinary_tokens(inner.config, table.weight.shape[0], 9)
+    tokens, device = ordinary_tokens(inner.config, table.weight.shape[0], 9), device_of(table)
     exact = set()
     with quietly(inner):
         try:
-            prompt = Prompt(table(torch.tensor(tokens[:3], device=table.weight.device)).float())
+            prompt = Prompt(rows_of(table, torch.tensor(tokens[:3], device=device)).float())
             cache = _filled(inner, info, prompt)
             for side in sides:
                 texts = [tokens[3:], tokens[3:5] if side == "left" else tokens[:2:-1]]
-                batch = padded(texts, side, tokens[0], table.weight.device)
+                batch = padded(texts, side, tokens[0], device)
                 found = _logits(inner, tokens[0], **_behind(inner, info, batch, prompt, cache, 1))
-                alone = [torch.tensor([tokens[:3] + text], device=table.weight.device) for text in texts]
+                alone = [torch.tensor([tokens[:3] + text], device=device) for text in texts]
                 expected = torch.cat(
                     [_logits(inner, tokens[0], input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in alone]
                 )

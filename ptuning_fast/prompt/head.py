@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.embedding import device_of
 from ..models.info import ModelInfo, gives_more, unwrapped
 from ..models.probe import ordinary_tokens, quietly
 from ..models.replaced import Called, is_plain, on_the_way, with_module
@@ -80,16 +81,19 @@ def has_chunks(model: Any, info: ModelInfo) -> bool:
     if not is_of_tokens(model):
         return False
     inner = unwrapped(model)
-    V, device = inner.config.get_text_config().vocab_size, inner.get_input_embeddings().weight.device
+    V, device = inner.config.get_text_config().vocab_size, device_of(inner.get_input_embeddings())
     ids = torch.tensor([ordinary_tokens(inner.config, V, 6)], device=device)
     inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == ids[0, 3], -100)}
     with quietly(inner):
         try:
-            whole, chunked = model(**inputs).loss.float(), in_chunks(model, inputs, most=2 * V)
+            chunked = in_chunks(model, inputs, most=2 * V)
+            if chunked is None:  # before a forward, which is one of all processes where it is sharded
+                return False
+            whole = model(**inputs).loss.float()
         except Exception:  # whatever a forward makes of a base model that is none
             return False
     most = 1e-4 if inner.dtype == torch.float32 else 2e-3
-    return chunked is not None and torch.allclose(whole, chunked.float(), rtol=most)
+    return torch.allclose(whole, chunked.float(), rtol=most)
 
 
 class _Chunked(torch.autograd.Function):

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.embedding import device_of, rows_of
+
 __all__ = ["initial_prompt"]
 
 
@@ -48,9 +50,7 @@ def initial_prompt(init: str | Tensor, length: int, embedding: Any, tokenizer: A
         raise ValueError(f"init={init!r} has no tokens: give a longer text, 'normal' or 'vocab'")
     ids = ids.repeat(-(-length // len(ids)))[:length]
     with torch.no_grad():
-        # Offloaded weights are on no device yet; whoever brings them in takes the ids along.
-        device = embedding.weight.device
-        rows = embedding(ids if device.type == "meta" else ids.to(device))
+        rows = rows_of(embedding, ids.to(device_of(embedding)))
         if not isinstance(rows, Tensor):
             raise TypeError(
                 f"the input embedding, {type(embedding).__name__}, returns more than its rows ({type(rows).__name__}): "

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.embedding import device_of
 from ..models.info import ModelInfo, unwrapped
 from ..models.last_rows import LastRows
 from ..models.probe import ordinary_tokens, quietly
@@ -173,6 +174,6 @@ def warn_of_ignored(model: Any, info: ModelInfo) -> None:
 
 def _short_text(model: Any) -> tuple[Tensor, Tensor]:
     """[1, 6] ids, and labels of some of them."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     ids = torch.tensor([ordinary_tokens(model.config, model.config.get_text_config().vocab_size, 6)], device=device)
     return ids, ids.masked_fill(torch.tensor([[True, True, True, False, True, False]], device=device), -100)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..files import peft
 from ..files.checkpoint import trained_only
 from ..models import unwrapped
+from ..models.families import class_of
 from ..models.info import is_a
 from ..modes.flattened import FLATTENED
 from .generate import count_new_tokens
@@ -53,7 +54,7 @@ def _signature(function: Callable, model: Any) -> inspect.Signature:
 
 def _perhaps_a_head(model: Any) -> str | None:
     """Of a class of somebody's own, a parameter outside its base model that is not frozen and no language head's."""
-    if peft.class_of(model).__module__.startswith("transformers.") or model.base_model is model:
+    if class_of(model).__module__.startswith("transformers.") or model.base_model is model:
         return None
     outputs = model.get_output_embeddings()
     known = {*model.base_model.parameters(), *(outputs.parameters() if outputs is not None else ())}
@@ -98,7 +99,7 @@ class PromptedModel(nn.Module):
             unknown = None if head else _perhaps_a_head(unwrapped(model))
             if unknown is not None:
                 warnings.warn(
-                    f"{unknown} of {peft.class_of(unwrapped(model)).__name__} is frozen, as it is not known to be a "
+                    f"{unknown} of {class_of(unwrapped(model)).__name__} is frozen, as it is not known to be a "
                     "head: if it is to be trained, call requires_grad_(True) on it after making the PromptedModel",
                     stacklevel=2,
                 )
@@ -221,7 +222,7 @@ class PromptedModel(nn.Module):
         of_decoder = self.prompt.info.has_decoder
         for name in _COLUMNS:
             if kwargs.get(name) is not None and not of_decoder:
-                kwargs[name] = kwargs[name] + m
+                kwargs[name] = kwargs[name].clamp(min=0) + m  # below 0 they are 0 to the model
         kept = kwargs.pop("logits_to_keep", 0)
         out = model(**(kwargs | inputs))
 
@@ -253,7 +254,7 @@ class PromptedModel(nn.Module):
 
     def _get_name(self) -> str:
         """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""
-        return type(unwrapped(self.model)).__name__
+        return class_of(unwrapped(self.model)).__name__
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mode={self.mode!r}, prompt={self.prompt!r})"

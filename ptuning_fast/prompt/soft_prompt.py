@@ -3,12 +3,14 @@
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..models import describe, unwrapped
+from ..models.embedding import device_of
 from ..models.info import ModelInfo
 from ..modes import Mode, mode_for
 from ..modes.flattened import as_rows
@@ -98,7 +100,7 @@ class SoftPrompt(Saving):
             initial_prompt(init, length, table, tokenizer or self.base_model)
             for _ in range(1 if num_prompts is None else num_prompts)
         ]
-        device = table.weight.device if table.weight.device.type != "meta" else None
+        device = device_of(table)
         prompt = prompts[0] if num_prompts is None else torch.stack(prompts)
         self.prompt_embeddings = nn.Parameter(prompt.to(device))
         self.encoder = None
@@ -361,6 +363,10 @@ class SoftPrompt(Saving):
         m, (B, n), mask = self.length, batch.input_ids.shape, batch.attention_mask
         tokens = B * n if mask is None else int((mask != 0).sum())
         rows = {"prepend": B * (m + n), "packed": B * m + tokens, "shared": max(m - 1, 0) + B * min(m, 1) + tokens}
+        if len(self._modes) < len(rows) and torch.distributed.is_available() and torch.distributed.is_initialized():
+            for name in rows:  # whatever rows each process has, as the probe of a sharded model is one of all
+                with suppress(TypeError, ValueError):
+                    self._mode(name)
         for name in sorted(rows, key=rows.__getitem__):
             try:
                 mode = self._mode(name)

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import sweep
 import torch
 import zoo
 from torch import nn
@@ -160,6 +161,13 @@ def sharded(rank, world_size, folder, with_a_group_of_its_own):
         assert (out - expected)[mask.new_ones(out.shape[:2]).bool()].abs().max() <= zoo.TOLERANCE
         out.square().mean().backward()
         assert prompt.prompt_embeddings.grad.abs().max() > 0
+
+        other = sweep.build("qwen2_moe", "Qwen2MoeForCausalLM", "sdpa")
+        for layer in other.model.layers:
+            fully_shard(layer)
+        fully_shard(other)
+        with pytest.raises(TypeError, match=r"\bQwen2MoeForCausalLM, probed, .* a sliding window is in its mask alone"):
+            SoftPrompt(other, zoo.M)(ids, mask, mode="packed")
 
         model.get_input_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
         assert "hooks" in unreadable(model.get_input_embeddings())

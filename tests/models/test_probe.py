@@ -124,3 +124,50 @@ def test_labels_of_a_decoder_may_have_the_shape_of_the_encoders_mask(torch_backe
     prompted = PromptedModel(sweep.build("t5gemma", KINDS["t5gemma"], "eager"), 3)
     ids, mask = zoo.padded(zoo.texts([5, 9]), "right")
     assert prompted(ids, mask, labels=ids, num_items_in_batch=18).loss > 0
+
+
+class Subclass(torch.nn.Parameter):
+    """As quantisation libraries make of a table."""
+
+
+def _offloaded(model):
+    pytest.importorskip("accelerate").cpu_offload(model, execution_device="cpu")
+
+
+def _of_a_subclass(model):
+    table = model.get_input_embeddings()
+    table.weight = Subclass(table.weight.data, requires_grad=False)
+
+
+def _of_tuples(model):
+    model.config.return_dict = False
+
+
+@pytest.mark.parametrize("change", [_offloaded, _of_a_subclass, _of_tuples])
+@pytest.mark.parametrize(
+    ("kind", "mode", "message"),
+    [("rwkv", "prepend", "counts padding on the left"), ("qwen2_moe", "packed", "a sliding window is in its mask")],
+)
+def test_wherever_the_table_is_and_whatever_outputs_are(kind, mode, message, change, torch_backend):
+    model = sweep.build(kind, KINDS[kind], "eager" if kind == "rwkv" else "sdpa")
+    change(model)
+    prompt = SoftPrompt(model, 3)
+    with pytest.raises((TypeError, ValueError), match=message):
+        prompt(*zoo.padded(zoo.texts([30, 12]), "left"), mode=mode)
+    assert (getattr(model.config, "return_dict", True) is False) == (change is _of_tuples)
+
+
+def test_a_model_that_cannot_be_probed(torch_backend):
+    """Nothing is known of it: that is said, and it is given no packed batch."""
+
+    class NeedsMore(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, *, scale, **kwargs):
+            return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+
+    model = NeedsMore(zoo.build("Llama").config).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with pytest.warns(UserWarning, match=r"could not be probed \(it cannot be called with ids alone: .*'scale'"):
+        inputs = SoftPrompt(model, 3)(ids, mask, mode="auto")
+    assert inputs["inputs_embeds"].shape[0] == len(ids)
+    with pytest.raises(TypeError, match=r"cannot be given a packed batch .it cannot be called with ids alone"):
+        SoftPrompt(model, 3)(ids, mask, mode="packed")

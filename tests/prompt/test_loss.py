@@ -155,6 +155,7 @@ def test_auto_falls_back_when_a_model_is_changed(torch_backend):
     model = build("llama")
     prompt = SoftPrompt(model, 3)
     assert "prefix_length" in prompt(ids, mask, mode="auto")
+    prompt(ids, mask, mode="packed")  # probed, which flash attention cannot be here
     model.config._attn_implementation = "flash_attention_2"  # as where it is installed
     inputs = prompt(ids, mask, mode="auto")
     assert "prefix_length" not in inputs and inputs["inputs_embeds"].shape[0] == 1

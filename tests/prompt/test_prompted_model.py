@@ -259,6 +259,8 @@ def test_questions_are_answered_in_columns_of_the_text():
     assert out.start_logits.shape == ids.shape
     by_hand = model(**prompted.prompt(ids, mask), start_positions=starts + 3, end_positions=ends + 3)
     assert same(out.loss, by_hand.loss) and same(out.end_logits, by_hand.end_logits[:, 3:])
+    below = prompted(ids, mask, start_positions=torch.tensor([1, 2, -1, 5]), end_positions=ends)
+    assert same(below.loss, out.loss)  # to the model that is column 0
 
 
 def test_outputs_of_other_names():
