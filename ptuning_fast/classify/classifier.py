@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
-from ..files.base_model import same_name
+from ..files.base_model import same_name, warn_of_adapter
 from ..models import describe, prepend
+from ..models.info import has_adapter
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
 from ..op import Batch, Embedded, Layout, Prompt
@@ -277,6 +278,7 @@ class FastPTuning(nn.Module):
             )
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
+        settings["with_adapter"] = has_adapter(self.bert)
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
         whole = adapter.whole(tensors)
         if adapter.is_first(tensors.values()):
@@ -293,8 +295,9 @@ class FastPTuning(nn.Module):
 
         Args:
             folder: where the adapter is: a folder, or a repository on the hub ("user/name").
-            model_name: the encoder, where it is not to be had under the name that the adapter was trained with. Where
-                the last part of its name is another there is a warning; the weights themselves are not compared.
+            model_name: the encoder, where it is not what the name gives that the adapter was trained with: another
+                revision of it, a subfolder, other settings. Where the last part of its name is another there is a
+                warning; the weights themselves are not compared.
 
         Raises:
             FileNotFoundError: no adapter in `folder`.
@@ -333,6 +336,7 @@ class FastPTuning(nn.Module):
                 "same encoder under two names, what it predicts means nothing",
                 stacklevel=2,
             )
+        warn_of_adapter(model.bert, settings, folder)
         model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)
         model.max_length = min(filter(None, (most, model.max_length)), default=None)
         return model.eval()

@@ -129,6 +129,11 @@ class _Together(Trainer):
         """The whole batch's loss, which is then the one that is reported."""
         return self.accelerator.reduce(super().training_step(*args, **kwargs), "mean")
 
+    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
+        """Every process's is there before the file by which a checkpoint is known to be whole."""
+        super()._save_rng_state(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """One line where it cannot be written."""
         try:

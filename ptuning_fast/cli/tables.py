@@ -191,9 +191,19 @@ def _rows(text: str, separator: str) -> list[list[str]]:
 def _json(text: str, otherwise: str) -> Any:
     """Numbers as they are written: pandas.read_json would make 1.1 of 1.10 and refuse long ones."""
     try:
-        return json.loads(text, parse_int=str, parse_float=str, parse_constant=lambda name: None)
+        return json.loads(
+            text, parse_int=str, parse_float=str, parse_constant=lambda name: None, object_pairs_hook=_object
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{otherwise}: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is in it twice")
+    return dict(pairs)
 
 
 def _texts(frame: "pandas.DataFrame", name: str) -> list[str]:

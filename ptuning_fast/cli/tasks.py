@@ -11,6 +11,7 @@
 for this task alone.
 """
 
+import itertools
 import math
 from argparse import Namespace
 from collections import Counter
@@ -52,6 +53,8 @@ def load(kind: Any, name: str, in_adapter: bool = False, **options: Any) -> tupl
             if in_adapter and not Path(name).is_absolute():
                 reason += "; a path that an adapter names is relative to where it was trained"
         raise InputError(f"cannot load the model {name!r} (--model names another): {reason}") from None
+    if "attention_mask" not in tokenizer.model_input_names:  # without it, padding would be text
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     if tokenizer.pad_token_id is None:  # decoders' often: any token does, as the mask hides it
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -106,6 +109,7 @@ class Classify:
     def build(self) -> tuple[FastPTuning, Any, Any]:
         options = self.options
         encoder, tokenizer = load(transformers.AutoModel, options.model or DEMO)
+        tokenizer.padding_side = "right"  # where mode "prepend" has it, as the reference
         causal = not encoder.config.is_encoder_decoder and is_causal(encoder)
         model = FastPTuning(
             encoder,
@@ -150,6 +154,7 @@ class Classify:
     @staticmethod
     def from_adapter(options: Namespace, name: str) -> tuple[Any, Any]:
         encoder, tokenizer = load(transformers.AutoModel, name, not options.model)
+        tokenizer.padding_side = "right"
         return FastPTuning.from_pretrained(options.adapter, encoder), tokenizer
 
     @staticmethod
@@ -178,6 +183,7 @@ class Language:
 
     def __init__(self, options: Namespace):
         self.options = options
+        self.end: int | None = None  # the token that ends a text
         if not (options.model and options.train_file):
             raise InputError("--task lm needs a --model and a --train-file: none comes along for it")
         if options.prompt_length == 0:
@@ -195,7 +201,7 @@ class Language:
         self.kind = kinds[0]
 
     def said(self) -> str:
-        return f", {self.kind}"
+        return f", {self.kind}" + ", which no token ends" * (self.end is None)
 
     def build(self) -> tuple[PromptedModel, Any, Any]:
         options = self.options
@@ -207,6 +213,7 @@ class Language:
             language_model, options.prompt_length, mode=options.mode, init=options.init, tokenizer=tokenizer
         ).train()
         config: Any = language_model.config.get_text_config()
+        self.end = next(iter(_ends(language_model, tokenizer)), None)
         positions = describe(language_model).max_positions or getattr(config, "max_position_embeddings", 2**31)
         self.most = min(options.max_length or 512, positions - options.prompt_length)
         if self.most < 2:
@@ -218,14 +225,14 @@ class Language:
     def rows(self, pairs: Pairs, tokenizer: Any) -> list[Row]:
         """Labels are on completions alone; texts that nothing stands before are continued in further rows.
 
-        Tokens of both are made apart, as those of a prompt alone are when it is predicted from.
+        Tokens of a prompt are those of it alone, as when it is predicted from.
         """
         most = self.most
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        rows = []
+        end = [] if self.end is None else [self.end]
+        rows: list[Row] = []
         for place, (prompt, completion) in enumerate(zip(*pairs), 1):
             before = _before(prompt, tokenizer)
-            ids = before + tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"] + end
+            ids = before + _behind(prompt, completion, tokenizer) + end
             if prompt and len(before) >= most:
                 raise InputError(
                     f"row {place}: its prompt has {len(before)} tokens, and {most} are all that is taken of a row: "
@@ -273,9 +280,11 @@ class Language:
                 f"for the {most} positions of the model: leave it out, or take a smaller --max-new-tokens"
             )
         options_ = {"max_new_tokens": new, "pad_token_id": tokenizer.pad_token_id, "return_dict_in_generate": False}
-        options_ |= {"num_beams": 1, "num_return_sequences": 1}
-        out = model.prompt.generate(*given, do_sample=False, eos_token_id=_ends(model, tokenizer), **options_)
-        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        ends = _ends(model.prompt.model, tokenizer)
+        options_ |= {"num_beams": 1, "num_return_sequences": 1, "eos_token_id": ends or None}
+        out = model.prompt.generate(*given, do_sample=False, **options_).tolist()
+        new_tokens = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in out]
+        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return [text.replace("\r\n", "\r").replace("\n", "\\n") for text in texts], 0
 
 
@@ -285,11 +294,27 @@ def _before(prompt: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if other[-1:] == [tokenizer.eos_token_id] else ids  # of one that is the beginning, too, it is kept
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int] | None:
-    """The tokens that a continuation ends with: the one that training appends, and the model's own."""
-    own = model.prompt.model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    return sorted(ends) or None
+def _behind(prompt: str, completion: str, tokenizer: Any) -> list[int]:
+    """The tokens of a completion as they stand behind its prompt; where a token is of both, behind the end of a line.
+
+    By itself, some tokenizers would put a space before it (Llama 2's).
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    for before in (prompt, "\n"):
+        first, both = ids(before), ids(before + completion)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return ids(completion)
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that a continuation ends with: the first is the one that training appends."""
+    own = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return [token for token in dict.fromkeys(ends) if token is not None]
 
 
 def _packed_if_possible(encoder: Any, options: Namespace) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..classify.classifier import FastPTuning
 from ..classify.precision import DTYPES
 from ..classify.reference import ReferencePTuning
+from ..models.info import has_adapter
 from .output import begin, checkpoints_of, claimed, clear, may_fail
 from .tables import InputError
 from .tasks import DEMO, TASKS, Row, check_options, spelled
@@ -59,6 +60,11 @@ def _train(task: Any, options: Namespace, state: Any) -> None:
         raise InputError(str(error)) from None
     except (RuntimeError, MemoryError) as error:
         raise InputError(f"cannot set the prompt up: {(str(error).splitlines() or ['no memory'])[0]}") from None
+    if has_adapter(frozen):
+        raise InputError(
+            f"{options.model} holds an adapter of PEFT's (LoRA), which the prompt would depend on: merge it into its "
+            "model (merge_and_unload), save that, and train on it"
+        )
     rows = [task.rows(part, tokenizer) for part in pairs]
     train, held_out = rows if len(rows) == 2 else _split(rows[0], options.seed)
     if not (train and held_out):

@@ -1,15 +1,16 @@
 """The model that an adapter was trained on, and the one that it is loaded for."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.info import unwrapped
+from ..models.info import has_adapter, unwrapped
 from .peft import Saved
 
-__all__ = ["check_base", "load_head", "same_name"]
+__all__ = ["check_base", "load_head", "same_name", "warn_of_adapter"]
 
 
 def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = False) -> None:
@@ -28,6 +29,17 @@ def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = Fa
         )
     if config.get("model_type", kind) != kind:
         raise ValueError(f"the prompt in {folder} was trained on a {config['model_type']}, and this is a {kind}")
+    warn_of_adapter(model, saved.settings, folder)
+
+
+def warn_of_adapter(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
+    """A warning where a prompt was trained on a model with an adapter of PEFT's, and `model` has none."""
+    if settings.get("with_adapter") and not has_adapter(model):
+        warnings.warn(
+            f"the prompt in {folder} was trained on a model with an adapter of PEFT's (LoRA), which this one has not: "
+            "load that into the model first",
+            stacklevel=4,
+        )
 
 
 def same_name(ours: str, theirs: str) -> bool:

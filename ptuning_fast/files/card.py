@@ -14,7 +14,8 @@ from . import adapter
 
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
-_BASE = re.compile(r"^base_model:.*\n(?:- .*\n)*", re.MULTILINE)
+_HEADER = re.compile(r"---\n.*?^---\n", re.DOTALL | re.MULTILINE)
+_BASE = re.compile(r"^base_model:.*\n(?: *- .*\n)*", re.MULTILINE)
 _OURS = re.compile(r"<!-- ptuning-fast -->\n.*?<!-- end of ptuning-fast -->\n", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
@@ -43,8 +44,10 @@ def _write(
             text = f"{_header(base_model)}\n# {kind}\n\n{text}"
         else:
             ours = text
-            if _OURS.search(old) and _base_line(base_model):
-                old = re.sub("^---\n", f"---\n{_base_line(base_model)}", _BASE.sub("", old, count=1), count=1)
+            header = _HEADER.match(old)
+            if header and _OURS.search(old) and _base_line(base_model):
+                rest = _BASE.sub("", header[0], count=1).removeprefix("---\n")
+                old = f"---\n{_base_line(base_model)}{rest}{old[header.end() :]}"
             text = _OURS.sub(lambda _: ours, old, count=1)
         adapter.replace(file, text.encode())
 

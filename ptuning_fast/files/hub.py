@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import adapter
+from . import adapter, peft
 
 __all__ = ["local", "push"]
 
@@ -51,6 +51,7 @@ def local(folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(folder, allow_patterns=[f"*{adapter.WEIGHTS}", adapter.CONFIG]))
+        patterns = [f"*{adapter.WEIGHTS}", adapter.CONFIG, peft.FIRST_VERSION]
+        return Path(snapshot_download(folder, allow_patterns=patterns))
     except Exception as error:
         raise FileNotFoundError(f"no adapter in {folder}: no such folder, and from the hub: {error}") from error

@@ -114,7 +114,7 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
         tensors |= {OURS + name: tensor for name, tensor in saved.parameters.items()}
     content = adapter.as_bytes(tensors, {"config": saved.config} | saved.settings)
     with adapter.saving(folder):
-        before = _bank_size(folder)
+        _remove_bank(folder, len(rows) if bank else 0, _bank_size(folder))  # first, as its size is in the file
         adapter.replace(folder / adapter.WEIGHTS, content)
         if bank:  # PEFT knows a folder of an adapter by its settings
             (folder / adapter.CONFIG).unlink(missing_ok=True)
@@ -125,7 +125,6 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
         for place, prompt in enumerate(rows if bank else []):
             one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, {"num_prompts": None, "encoder": None})
             save(folder / str(place), one, prompt)
-        _remove_bank(folder, len(rows) if bank else 0, before)
 
 
 def load(folder: str | Path) -> Saved:

@@ -14,7 +14,7 @@ from ..op import Batch
 from .families import class_of, family_of
 from .positions import counts_columns, max_positions, position_start, steady_length
 
-__all__ = ["ModelInfo", "describe", "gives_more", "has_decoder", "is_a", "unwrapped", "what_draws"]
+__all__ = ["ModelInfo", "describe", "gives_more", "has_adapter", "has_decoder", "is_a", "unwrapped", "what_draws"]
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,12 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT has put an adapter (LoRA and the like) around `model`, or into it."""
+    around = hasattr(getattr(model, "_orig_mod", model), "peft_config")
+    return around or bool(getattr(unwrapped(model), "_hf_peft_config_loaded", False))
+
+
 def has_decoder(model: Any) -> bool:
     """Whether it is an encoder and a decoder, and not the encoder alone of such (whose config may be that of both)."""
     return model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters
@@ -238,7 +244,7 @@ def _pooled_end(model: Any) -> str | None:
     if not kinds:
         return None
     codes = [inspect.unwrap(kind.forward).__code__ for kind in kinds]
-    last = getattr(model.config, "summary_type", None) == "last"  # XLNet's
+    last = any(getattr(part, "summary_type", None) == "last" for part in model.children())  # XLNet's
     return "right" if last or any("last_non_pad_token" in code.co_varnames for code in codes) else "left"
 
 

@@ -14,7 +14,7 @@ from ..files import peft
 from ..files.checkpoint import trained_only
 from ..models import unwrapped
 from ..models.families import class_of
-from ..models.info import is_a
+from ..models.info import has_adapter, is_a
 from ..modes.flattened import FLATTENED
 from .generate import count_new_tokens
 from .soft_prompt import LaidOut, SoftPrompt
@@ -93,8 +93,8 @@ class PromptedModel(nn.Module):
         super().__init__()
         if prompt is not None and prompt.model is not model:
             raise ValueError("prompt is for another model: give the one that it was made with")
-        adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-        if not adapted and any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
+        frozen = all(not parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
+        if not (frozen or has_adapter(model)):
             head = peft.head_of(model, peft.task_of(model))
             unknown = None if head else _perhaps_a_head(unwrapped(model))
             if unknown is not None:

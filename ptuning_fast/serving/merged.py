@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import adapter, card
 from ..models.embedding import embed_scale, unreadable
-from ..models.info import unwrapped
+from ..models.info import has_adapter, unwrapped
 from . import virtual_tokens
 
 __all__ = ["save"]
@@ -85,7 +85,7 @@ def _mergeable(model: Any) -> Any:
     """The transformers model itself; TypeError where its vocabulary cannot hold a prompt, with the reason."""
     bare = unwrapped(model)
     name, table = type(bare).__name__, bare.get_input_embeddings()
-    if hasattr(getattr(model, "_orig_mod", model), "peft_config") or getattr(bare, "_hf_peft_config_loaded", False):
+    if has_adapter(model):
         raise TypeError("the model has an adapter of PEFT's: merge that first (model = model.merge_and_unload())")
     if getattr(bare, "hf_quantizer", None) is not None:
         raise TypeError(f"{name} is quantized: merge into the model as it was before, and quantize the result")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..files import adapter, card, hub, peft
 from ..files.base_model import check_base, load_head
 from ..models import unwrapped
+from ..models.info import has_adapter
 from . import merged
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Saving(nn.Module):
         parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
         rows = self.final_prompt()
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
-        settings = {"num_prompts": self.num_prompts, "encoder": None if self.encoder is None else self.encoder.settings}
+        encoder = None if self.encoder is None else self.encoder.settings
+        settings = {"num_prompts": self.num_prompts, "encoder": encoder, "with_adapter": has_adapter(self.model)}
         saved = peft.Saved(adapter.whole(parameters), adapter.whole(head), config, settings)
         return saved, rows, adapter.is_first([*parameters.values(), *head.values()])
 

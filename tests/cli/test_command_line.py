@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from ptuning_fast import FastPTuning
 from ptuning_fast.cli import tables, tasks, train
@@ -107,6 +108,38 @@ def test_train_on_a_file_and_predict(rows, minilm, tmp_path, capsys, monkeypatch
     lines = [line.split("\t") for line in (tmp_path / "labels.tsv").read_text().splitlines()]
     assert [label for label, _ in lines] == expected
     assert all(0.5 <= float(score) <= 1 for _, score in lines)
+
+
+@pytest.mark.parametrize("change", [{"model_input_names": ["input_ids"]}, {"padding_side": "left"}])
+def test_padding_is_no_text_whatever_the_tokenizer_says(rows, encoder, tmp_path, capsys, change):
+    tokenizer = AutoTokenizer.from_pretrained(encoder, **change)
+    shutil.copytree(encoder, tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    torch.manual_seed(0)
+    model = FastPTuning(tmp_path / "encoder", 3)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(text.split()) for text, _ in rows))
+    predict = ["predict", "--adapter", str(tmp_path / "adapter"), "--file", str(tmp_path / "texts.txt"), "--scores"]
+    printed = []
+    for size in ("1", "16"):
+        assert main([*predict, "--batch-size", size]) == 0
+        printed.append([line.split("\t") for line in capsys.readouterr().out.splitlines()])
+    for (label, score), (other, same) in zip(*printed):
+        assert label == other and abs(float(score) - float(same)) <= 2e-4
+    built, _, tokenizer = tasks.Classify(parser().parse_args(["train", "--model", str(tmp_path / "encoder")])).build()
+    assert tokenizer.padding_side == "right" and "attention_mask" in tokenizer.model_input_names
+
+
+def test_a_model_that_is_a_lora(rows_file, encoder, tmp_path, capsys):
+    """transformers loads its base with it, and names the base alone."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    lora = peft.get_peft_model(AutoModel.from_pretrained(encoder), peft.LoraConfig(target_modules=["query"]))
+    lora.save_pretrained(tmp_path / "lora")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "lora")
+    given = ["train", "--train-file", rows_file, "--model", str(tmp_path / "lora"), "--output", str(tmp_path / "out")]
+    assert main(given) == 2
+    assert "lora holds an adapter of PEFT's (LoRA), which the prompt would depend on" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("mode", ["packed", "prepend"])
@@ -221,6 +254,7 @@ def test_many_labels_are_named_in_short():
         (["--train-file", "{tmp}/rows.csv", "--mode", "shared"], "mode must be one of prepend, packed; it is 'shared'"),
         (["--train-file", "{tmp}/half.jsonl"], "holds half a character"),
         (["--train-file", "{tmp}/deep.jsonl"], "line 1 is no JSON"),
+        (["--train-file", "{tmp}/twice.jsonl"], "line 1 is no JSON object: 'text' is in it twice"),
         (["--train-file", "{tmp}/times.parquet"], "cannot read"),
         (["--train-file", "{tmp}/rows.csv", "--max-length", "2"], "leave no room beside the 2 that the tokenizer adds"),
         (["--train-file", "{tmp}/rows.csv", "--prompt-length", "510"], "leave no room beside the 2"),
@@ -250,6 +284,7 @@ def test_one_line_for_what_cannot_be_used(rows, tmp_path, capsys, change, messag
     (tmp_path / "twice.csv").write_text("text,text,label\na,b,c\n")
     (tmp_path / "blank.csv").write_text("text,label\na,\n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a\xe9", "label": "b"}\n')
+    (tmp_path / "twice.jsonl").write_text('{"text": "a", "text": "b", "label": "c"}\n')
     (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800", "label": "b"}\n')
     (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
     odd = {"text": pyarrow.array([1, 2], pyarrow.duration("ns")), "label": ["b", "c"]}

@@ -16,6 +16,7 @@ import transformers
 import zoo
 from packaging.version import Version
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -59,6 +60,37 @@ def test_rows_of_prompts_and_completions(language_model, pairs_file, rows):
     assert lm.rows(([given[0][0]], ["a long completion"]), tokenizer)[0]["cut"]
     with pytest.raises(tasks.InputError, match=r"row 1: its prompt has .* take a larger --max-length"):
         lm.rows(([given[0][0] + " more"], ["x"]), tokenizer)
+
+
+def test_completions_as_they_stand_behind_their_prompts():
+    """Tokenizers of Llama 2's kind put a space before whatever they are given: that is not the completion's."""
+    letters = {token: place for place, token in enumerate(["<s>", "▁", *"Nework2+=4ly\n", "Ne", "▁Ne", "ly"])}
+    made = Tokenizer(models.BPE(letters, [("N", "e"), ("▁", "Ne"), ("l", "y")]))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    for prompt, completion in (("Ne", "w"), ("New", " York"), ("2 + 2 =", " 4"), ("2 + 2 = ", "4"), ("Newl", "y")):
+        completion = completion.replace("Y", "y")
+        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = before + tasks._behind(prompt, completion, tokenizer)
+        assert tokenizer.decode(ids) == prompt + completion
+    assert tasks._behind("", "Ne", tokenizer) == tokenizer("Ne")["input_ids"]
+
+
+def test_a_text_ends_as_the_model_does(language_model, pairs_file, tmp_path):
+    """Where the tokenizer names no end; where neither does, that is said."""
+    shutil.copytree(language_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(language_model, eos_token=None, pad_token="!")
+    assert tokenizer.eos_token_id is None
+    tokenizer.save_pretrained(tmp_path / "model")
+    for own, end in (([7, 0], [7]), (None, [])):
+        settings = transformers.GenerationConfig(eos_token_id=own)
+        settings.save_pretrained(tmp_path / "model")
+        lm, tokenizer = task("--model", str(tmp_path / "model"), "--train-file", pairs_file)
+        (row,) = lm.rows(([""], ["One"]), tokenizer)
+        assert row["input_ids"] == tokenizer("One")["input_ids"] + end
+        lm.check(([""], ["One"]))
+        assert lm.said() == ", whole texts" + ("" if end else ", which no token ends")
 
 
 def test_rows_of_texts(language_model, tmp_path):
@@ -182,7 +214,7 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
     settings = json.loads((tmp_path / "model/generation_config.json").read_text())
     for own in (ids[1], [499, ids[1]]):
         (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": own}))
-        expected = written(tokenizer.decode(ids[:2], skip_special_tokens=True))
+        expected = written(tokenizer.decode(ids[:1]))
         assert predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]
     beams = {"num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True}
     (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": ids[1]} | beams))

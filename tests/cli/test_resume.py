@@ -8,6 +8,7 @@ import sys
 import time
 from unittest.mock import Mock
 
+import accelerate
 import pytest
 import torch
 
@@ -76,6 +77,21 @@ def test_killed_and_resumed_is_undisturbed(command, tmp_path, capsys):
     assert settings == expected_settings
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_checkpoint_is_whole_when_every_process_has_written(command, tmp_path, monkeypatch):
+    """Each waits for the others before the first one writes the file by which it is known to be whole."""
+    found, wait = [], accelerate.Accelerator.wait_for_everyone
+
+    def waiting(self):
+        checkpoints = list((tmp_path / "checkpoints").glob("checkpoint-*"))
+        found.extend(sorted(file.name for file in one.iterdir()) for one in checkpoints)
+        wait(self)
+
+    monkeypatch.setattr(accelerate.Accelerator, "wait_for_everyone", waiting)
+    assert main([*command, "--epochs", "0.6", "--output", str(tmp_path)]) == 0
+    whole = [files for files in found if "rng_state.pth" in files and "trainer_state.json" not in files]
+    assert len(whole) == 2 and "optimizer.pt" in whole[0]
 
 
 def test_killed_before_the_first_checkpoint(command, tmp_path, capsys, monkeypatch):

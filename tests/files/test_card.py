@@ -5,16 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
 import zoo
+from huggingface_hub.utils import filter_repo_objects
 
 import ptuning_fast
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
-from ptuning_fast.files import adapter, card
+from ptuning_fast.files import adapter, card, peft
+from ptuning_fast.files import hub as adapters
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 
@@ -136,6 +139,17 @@ def hub(tmp_path, monkeypatch):
     return Hub
 
 
+def test_what_is_taken_from_the_hub(monkeypatch):
+    """The first version's files, too."""
+    patterns = Mock(side_effect=FileNotFoundError)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", patterns)
+    with pytest.raises(FileNotFoundError, match="no adapter in me/prompt"):
+        adapters.local("me/prompt")
+    names = [adapter.WEIGHTS, f"0/{adapter.WEIGHTS}", adapter.CONFIG, peft.FIRST_VERSION, "model.safetensors"]
+    taken = filter_repo_objects(names, allow_patterns=patterns.call_args.kwargs["allow_patterns"])
+    assert list(taken) == names[:-1]
+
+
 def test_the_hub(hub, monkeypatch):
     """Pushed, loaded by its name, and pushed again: what was written into the card on the hub stays."""
     prompt = prompt_for(base="some/llama")
@@ -228,3 +242,8 @@ def test_the_base_model_is_that_of_the_last_save(tmp_path):
         file.write_text(file.read_text().replace('base_model: "other/llama"\n', others))
         prompt_for(base="other/llama").save_pretrained(tmp_path)
         assert settings_of(file.read_text()) == settings
+    text = file.read_text().replace('base_model: "other/llama"\n', "base_model:\n  - some/llama\n  - another\n")
+    file.write_text(f"{text}\nAs text:\n\nbase_model: mine\n- and this\n")
+    prompt_for(base="other/llama").save_pretrained(tmp_path)
+    assert settings_of(file.read_text()) == settings
+    assert file.read_text().endswith("\nbase_model: mine\n- and this\n")

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -329,6 +330,50 @@ def test_what_is_not_ours_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1", "3", "7"]
     assert [path.name for path in (tmp_path / "3").iterdir()] == ["notes.txt"]
     assert (tmp_path / "7" / "adapter_model.safetensors").read_text() == "somebody else's"
+
+
+def test_a_bank_whose_save_is_cut_off(tmp_path, monkeypatch):
+    """The next one leaves nothing of the larger one before."""
+    model, replace = zoo.build("Llama"), adapter.replace
+    SoftPrompt(model, 5, num_prompts=4).save_pretrained(tmp_path)
+
+    def full(path, content):
+        if path.parent.name == "0":
+            raise OSError("disk full")
+        replace(path, content)
+
+    bank = SoftPrompt(model, 5, num_prompts=2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(adapter, "replace", full)
+        bank.save_pretrained(tmp_path)
+    assert torch.equal(SoftPrompt.from_pretrained(model, tmp_path).prompt_embeddings, bank.prompt_embeddings)
+    bank.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("kind", ["around", "into", "encoder"])
+def test_a_prompt_trained_behind_a_lora(tmp_path, kind):
+    """Whose model has none when it is loaded is warned of."""
+    model = zoo.build("BERT" if kind == "encoder" else "Llama")
+    settings = peft.LoraConfig(r=2, target_modules=["query" if kind == "encoder" else "q_proj"])
+    if kind == "around":
+        model = peft.get_peft_model(model, settings)
+    else:
+        model.add_adapter(settings)
+    made = FastPTuning(model, 3) if kind == "encoder" else SoftPrompt(model, 3)
+    made.save_pretrained(tmp_path)
+    load = (lambda model: FastPTuning.from_pretrained(tmp_path, model)) if kind == "encoder" else None
+    load = load or (lambda model: SoftPrompt.from_pretrained(model, tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(model)
+    with pytest.warns(UserWarning, match=r"was trained on a model with an adapter of PEFT's \(LoRA\), which this one"):
+        load(zoo.build("BERT" if kind == "encoder" else "Llama"))
+    made = SoftPrompt(zoo.build("Llama"), 3)
+    made.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SoftPrompt.from_pretrained(made.model, tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [None, "5", 4, 7])

@@ -97,7 +97,9 @@ def test_a_config_stays_as_it_was(torch_backend):
 
 
 def test_a_classifier_of_the_last_column(torch_backend):
-    """XLNet's, whose texts are padded on the left."""
+    """XLNet's, whose texts are padded on the left; not what only its config says, as ELECTRA's."""
+    electra = zoo.build("ELECTRA", "ElectraForSequenceClassification", summary_type="last")
+    assert SoftPrompt(electra, 3).info.pooled == "left"
     sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": zoo.V, "pad_token_id": 0}
     torch.manual_seed(0)
     config = transformers.XLNetConfig(**sizes, initializer_range=0.3, summary_type="last")
