@@ -50,7 +50,7 @@ def of_pooled_rows(model: Any, columns: Tensor) -> Any:
     assert family is not None and family.part is not None
     path = family.part.split(".")
     *way, part = on_the_way(model, path)
-    if gives_more(model) or any("forward" in vars(module) for module in way):
+    if gives_more(model) or any(vars(one).get(name) for one in way for name in ("forward", "_compiled_call_impl")):
         return None
     columns = columns.long()
     # The last hidden state that was selected from, and its rows: attention and residual share it.

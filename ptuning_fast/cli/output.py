@@ -51,10 +51,9 @@ def claimed(options: Namespace) -> Iterator[None]:
         with may_fail(f"write to the folder {options.output}"):
             adapter.check_writable(options.output)
             checkpoints.mkdir(exist_ok=True)
-            handle = None if fcntl is None else os.open(checkpoints, os.O_RDONLY)
+            handle = None if fcntl is None else _locked(checkpoints)
         if handle is not None:
             stack.callback(os.close, handle)
-            _lock(handle, options.output)
         stack.callback(_remove_if_empty, checkpoints)
         _check_output(options)
         yield
@@ -65,13 +64,24 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _lock(handle: int, output: str) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"a training in {output} is running: wait for it, or take another --output") from None
-    except OSError:
-        pass
+def _locked(folder: Path) -> int:
+    """A handle that holds `folder`, which a training that ends may take away until it is held."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"a training in {folder.parent} is running: wait for it, or take another --output"
+                ) from None
+            except OSError:  # it cannot be locked
+                pass
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                stack.pop_all()
+                return handle
 
 
 @contextmanager
@@ -89,6 +99,9 @@ def _check_output(options: Namespace) -> None:
     began = _began_with(checkpoints) is not None
     if not began and any(not one.name.startswith(_BEING_WRITTEN) for one in checkpoints.iterdir()):
         raise InputError(f"{checkpoints} holds something else than a training: move it, or take another --output")
+    for one in checkpoints.iterdir():  # the Trainer removes these with its own
+        if re.match(r"checkpoint-\d+", one.name) and not re.fullmatch(r"checkpoint-\d+", one.name):
+            raise InputError(f"{one} is none of the training's, and would pass for one: move it")
     if Path(options.output, adapter.WEIGHTS).exists() and not options.overwrite:
         raise InputError(f"there is an adapter in {options.output}: --overwrite replaces it, or take another --output")
     if options.resume and not began:

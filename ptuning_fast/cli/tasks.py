@@ -223,15 +223,15 @@ class Language:
         return model, language_model, tokenizer
 
     def rows(self, pairs: Pairs, tokenizer: Any) -> list[Row]:
-        """Labels are on completions alone; texts that nothing stands before are continued in further rows.
+        """Labels are on completions alone; texts that nothing stands before are continued in further rows, which begin
+        with the last token of the one before.
 
         Tokens of a prompt are those of it alone, as when it is predicted from.
         """
         most = self.most
         end = [] if self.end is None else [self.end]
         rows: list[Row] = []
-        for place, (prompt, completion) in enumerate(zip(*pairs), 1):
-            before = _before(prompt, tokenizer)
+        for place, (prompt, completion, before) in enumerate(zip(*pairs, _before(pairs[0], tokenizer)), 1):
             ids = before + _behind(prompt, completion, tokenizer) + end
             if prompt and len(before) >= most:
                 raise InputError(
@@ -239,8 +239,8 @@ class Language:
                     "take a larger --max-length, or leave it out"
                 )
             labels = [-100] * len(before) + ids[len(before) :] if prompt else ids
-            for start in (0,) if prompt else range(0, len(ids), most):
-                # The first label of a row is left out, as the model's loss does.
+            for start in (0,) if prompt else range(0, max(len(ids) - 1, 1), most - 1):
+                # The first label of a row is left out, as the model's loss does: the row before has it.
                 row = {"input_ids": ids[start : start + most], "labels": [-100, *labels[start + 1 : start + most]]}
                 rows.append(row | {"cut": bool(prompt) and len(ids) > most})
         return rows
@@ -267,7 +267,7 @@ class Language:
     @staticmethod
     def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> tuple[list[str], int]:
         """What the model goes on with behind each text, "\\n" written as a backslash and an n; none is cut."""
-        rows = [{"input_ids": _before(text, tokenizer)} for text in texts]
+        rows = [{"input_ids": ids} for ids in _before(texts, tokenizer)]
         batch: Any = transformers.DataCollatorWithPadding(tokenizer)(rows)
         batch = batch.to(model.device)
         given = batch["input_ids"], batch["attention_mask"]
@@ -284,14 +284,24 @@ class Language:
         options_ |= {"num_beams": 1, "num_return_sequences": 1, "eos_token_id": ends or None}
         out = model.prompt.generate(*given, do_sample=False, **options_).tolist()
         new_tokens = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in out]
-        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        texts = [_continued(row["input_ids"], ids, tokenizer) for row, ids in zip(rows, new_tokens)]
         return [text.replace("\r\n", "\r").replace("\n", "\\n") for text in texts], 0
 
 
-def _before(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of what is to be continued: without the end that some tokenizers add."""
-    ids, other = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, "a"))
-    return ids[:-1] if other[-1:] == [tokenizer.eos_token_id] else ids  # of one that is the beginning, too, it is kept
+def _before(prompts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each text that is to be continued: without the end that some tokenizers add."""
+    end = -1 if _adds_end(tokenizer) else None
+    return [list(ids[:end]) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+
+
+def _adds_end(tokenizer: Any) -> bool:
+    """Asked of a text that has a token, and no special one: a prompt may have none."""
+    special = {*tokenizer.all_special_ids}
+    for text in map(tokenizer.decode, range(len(tokenizer))):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids and special.isdisjoint(ids):
+            return bool(tokenizer(text)["input_ids"][-len(ids) - 1 :] == [*ids, tokenizer.eos_token_id])
+    return False
 
 
 def _behind(prompt: str, completion: str, tokenizer: Any) -> list[int]:
@@ -308,6 +318,12 @@ def _behind(prompt: str, completion: str, tokenizer: Any) -> list[int]:
         if both[: len(first)] == first:
             return both[len(first) :]
     return ids(completion)
+
+
+def _continued(before: list[int], new_tokens: list[int], tokenizer: Any) -> str:
+    """The text of new tokens, as it stands behind that of those before: decoded alone, it may lose a space."""
+    first, whole = (str(tokenizer.decode(ids)) for ids in (before, [*before, *new_tokens]))
+    return whole.removeprefix(first) if whole.startswith(first) else str(tokenizer.decode(new_tokens))
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

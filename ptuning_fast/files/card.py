@@ -39,7 +39,7 @@ def _write(
         text += "\n| figure | value |\n| --- | --- |\n" + "\n".join(rows) + "\n"
     text = f"<!-- ptuning-fast -->\n{text}<!-- end of ptuning-fast -->\n"
     with adapter.saving(Path(folder)):
-        old = file.read_text(encoding="utf-8") if file.is_file() else None
+        old = file.read_text(encoding="utf-8", errors="surrogateescape") if file.is_file() else None
         if old is None:
             text = f"{_header(base_model)}\n# {kind}\n\n{text}"
         else:
@@ -49,7 +49,7 @@ def _write(
                 rest = _BASE.sub("", header[0], count=1).removeprefix("---\n")
                 old = f"---\n{_base_line(base_model)}{rest}{old[header.end() :]}"
             text = _OURS.sub(lambda _: ours, old, count=1)
-        adapter.replace(file, text.encode())
+        adapter.replace(file, text.encode(errors="surrogateescape"))
 
 
 def _cell(value: Any) -> str:

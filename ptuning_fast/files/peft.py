@@ -105,8 +105,7 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
         ValueError: a folder with an adapter of another kind in it, or a model.
     """
     folder, bank = Path(folder), rows.dim() == 3
-    for one_of in (folder, *(folder / str(number) for number in range(len(rows) if bank else 0))):
-        adapter.check_others(one_of)
+    adapter.check_others(folder)
     tensors = {f"base_model.{name}": tensor for name, tensor in saved.head.items()}
     if not bank:
         tensors["prompt_embeddings"] = rows
@@ -114,7 +113,10 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
         tensors |= {OURS + name: tensor for name, tensor in saved.parameters.items()}
     content = adapter.as_bytes(tensors, {"config": saved.config} | saved.settings)
     with adapter.saving(folder):
-        _remove_bank(folder, len(rows) if bank else 0, _bank_size(folder))  # first, as its size is in the file
+        before = _bank_size(folder)
+        for number in range(len(rows) if bank else 0):
+            _check_place(folder / str(number), number < before)
+        _remove_bank(folder, len(rows) if bank else 0, before)  # first, as its size is in the file
         adapter.replace(folder / adapter.WEIGHTS, content)
         if bank:  # PEFT knows a folder of an adapter by its settings
             (folder / adapter.CONFIG).unlink(missing_ok=True)
@@ -208,11 +210,21 @@ def _bank_size(folder: Path) -> int:
     return 0
 
 
+def _check_place(folder: Path, is_ours: bool) -> None:
+    """ValueError where a bank would have the adapter of one of its prompts, and somebody else has one."""
+    adapter.check_others(folder)
+    if (folder / adapter.WEIGHTS).exists() and not is_ours:
+        raise ValueError(
+            f"{folder} holds an adapter that is none of a bank's, and a bank has one there for PEFT: save the bank in "
+            "another folder"
+        )
+
+
 def _remove_bank(folder: Path, first: int, end: int) -> None:
     """The adapters of prompts `first` to `end` of a bank that was saved here before; nothing else in their folders."""
     for number in range(first, end):
         place = folder / str(number)
-        if place.is_dir():
+        if place.is_dir() and adapter.kind_of(place, {})[0] in PEFT_TYPES:
             with adapter.saving(place):
                 for name in (adapter.WEIGHTS, adapter.CONFIG):
                     (place / name).unlink(missing_ok=True)

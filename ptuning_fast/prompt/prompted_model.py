@@ -249,8 +249,9 @@ class PromptedModel(nn.Module):
 
     def _is_column(self, name: str) -> bool:
         """Whether an output [B, S] has a number for each column, and not S classes or features."""
-        of_text = is_a(unwrapped(self.model), "ForSequenceClassification", "ForNextSentencePrediction")
-        return name in ("start_logits", "end_logits") or (name == "logits" and not of_text)
+        return name in ("start_logits", "end_logits") or (
+            name == "logits" and is_a(unwrapped(self.model), "ForPreTraining")
+        )
 
     def _get_name(self) -> str:
         """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""

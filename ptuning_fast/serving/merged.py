@@ -42,12 +42,8 @@ def save(
     prompts = rows if bank else rows[None]
     names = _checked(names, len(prompts), bank)
     model = _mergeable(model)
-    for name in (model.config._name_or_path, getattr(tokenizer, "name_or_path", "")):
-        if name and Path(name).is_dir() and folder.resolve() == Path(name).resolve():
-            raise ValueError(f"{folder} is where the model itself is: it would be replaced, so name another folder")
-    kind, _ = adapter.kind_of(folder, {})
-    if kind:
-        raise ValueError(f"{folder} holds a {kind} adapter, and transformers would load its model: name another folder")
+    for one in (folder, *(folder / name for name in names if bank)):
+        _check_folder(one, model, tokenizer)
     if not rows.numel():
         raise ValueError("there are no virtual tokens to merge: model.save_pretrained is all it takes")
     tokens = [[f"<|{name}_{place}|>" for place in range(prompts.shape[1])] for name in names]
@@ -72,6 +68,15 @@ def save(
     saved.save_pretrained(folder, state_dict=state)
     card.write_merged(folder, model, strings, length, bank)
     return strings
+
+
+def _check_folder(folder: Path, model: Any, tokenizer: Any) -> None:
+    for name in (model.config._name_or_path, getattr(tokenizer, "name_or_path", "")):
+        if name and Path(name).is_dir() and folder.resolve() == Path(name).resolve():
+            raise ValueError(f"{folder} is where the model itself is: it would be replaced, so name another folder")
+    kind, _ = adapter.kind_of(folder, {})
+    if kind:
+        raise ValueError(f"{folder} holds a {kind} adapter, and transformers would load its model: name another folder")
 
 
 def _checked(names: list[str] | None, K: int, bank: bool) -> list[str]:

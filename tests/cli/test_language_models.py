@@ -94,15 +94,17 @@ def test_a_text_ends_as_the_model_does(language_model, pairs_file, tmp_path):
 
 
 def test_rows_of_texts(language_model, tmp_path):
-    """A .txt file is one text, and a text is cut into rows; nothing is lost, and every token but a row's first has
-    its label."""
+    """A .txt file is one text, and a text is cut into rows; nothing is lost, and every token but the first has its
+    label once."""
     (tmp_path / "prose.txt").write_text("One line.\nAnother one,\n\nand the last.\n")
     lm, tokenizer = task("--model", language_model, "--train-file", str(tmp_path / "prose.txt"), "--max-length", "8")
     made = lm.rows(lm.read(str(tmp_path / "prose.txt")), tokenizer)
     assert [len(row["input_ids"]) for row in made[:-1]] == [8] * (len(made) - 1) and len(made) > 2
     assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in made)
-    ids = [token for row in made for token in row["input_ids"]]
+    ids = made[0]["input_ids"][:1] + [token for row in made for token in row["labels"][1:]]
     assert tokenizer.decode(ids) == "One line.\nAnother one,\n\nand the last.</s>"
+    lm.most = len(ids) - 1  # the end has its label, too, where it would have a row for itself
+    assert lm.rows(lm.read(str(tmp_path / "prose.txt")), tokenizer)[-1]["labels"] == [-100, tokenizer.eos_token_id]
     (tmp_path / "texts.csv").write_text("text\nOne\nTwo\n")
     made = lm.rows(lm.read(str(tmp_path / "texts.csv")), tokenizer)
     assert [tokenizer.decode(row["input_ids"]) for row in made] == ["One</s>", "Two</s>"]
@@ -223,7 +225,8 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
 
 def test_a_continuation_is_one_line(untrained, tmp_path, capsys, monkeypatch):
     breaks = ["a\r\n\nb", "\rc\n\r", "d\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029e"]
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.batch_decode", lambda *args, **options: breaks)
+    texts = iter(breaks)
+    monkeypatch.setattr("ptuning_fast.cli.tasks._continued", lambda *args: next(texts))
     lines = predicted(untrained[0], "1\n2\n3", capsys, "--max-new-tokens", "1")
     assert lines == ["a \\nb", " c\\n ", "d        e"] == [written(text) for text in breaks]
 
@@ -240,7 +243,31 @@ def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
     assert predicted(folder, "\n".join(texts), capsys, "--max-new-tokens", "5") == expected
     begins = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])  # OPT's, whose end is its beginning
     tokenizer.backend_tokenizer.post_processor = begins
-    assert tasks._before("", tokenizer) == [0] and tasks._before("Parse it", tokenizer)[0] == 0
+    assert [ids[0] for ids in tasks._before(["", "Parse it"], tokenizer)] == [0, 0]
+
+
+def test_no_token_of_a_prompt_is_lost():
+    """Where a tokenizer does not know a letter, and its unknown token is the end, or it drops what it does not know."""
+    letters = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
+    for unknown, single in (("<s>", "$A"), (None, "<s> $A"), (None, "<s> $A <s>")):
+        made = Tokenizer(models.BPE(letters, [], unk_token=unknown))
+        made.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 0)])
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made, bos_token="<s>", eos_token="<s>", unk_token=unknown
+        )
+        begins = single.startswith("<s>")
+        expected = [[0] * begins + [letters[letter] for letter in text] for text in ("ACGT", "")]
+        assert tasks._before(["ACGT", ""], tokenizer) == expected, single
+
+
+def test_special_tokens_and_spaces_that_were_learned_are_written(untrained, tmp_path, capsys, monkeypatch):
+    folder, tokenizer, _ = untrained
+    tokenizer.add_special_tokens({"additional_special_tokens": ["lo"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    (special,) = tokenizer("lo")["input_ids"]
+    monkeypatch.setattr("ptuning_fast.SoftPrompt.generate", lambda *_, **__: torch.tensor([[special, 7, 0, special]]))
+    monkeypatch.setattr("ptuning_fast.PromptedModel.from_pretrained", None)
+    assert predicted(folder, "Parse it", capsys) == [f"lo{tokenizer.decode([7])}"]
 
 
 def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys, monkeypatch):

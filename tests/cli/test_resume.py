@@ -12,6 +12,7 @@ import accelerate
 import pytest
 import torch
 
+from ptuning_fast.cli import output
 from ptuning_fast.cli.main import main
 from ptuning_fast.files import adapter, card
 from ptuning_fast.op import functional
@@ -92,6 +93,36 @@ def test_a_checkpoint_is_whole_when_every_process_has_written(command, tmp_path,
     assert main([*command, "--epochs", "0.6", "--output", str(tmp_path)]) == 0
     whole = [files for files in found if "rng_state.pth" in files and "trainer_state.json" not in files]
     assert len(whole) == 2 and "optimizer.pt" in whole[0]
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_a_folder_that_would_pass_for_a_checkpoint(command, tmp_path, capsys, monkeypatch, option):
+    """The Trainer takes it for one of its own, and removes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer.train", Mock(side_effect=KeyboardInterrupt))
+        assert main([*command, "--output", str(tmp_path)]) == 130
+    (tmp_path / "checkpoints/checkpoint-42-better").mkdir()
+    assert main([*command, "--output", str(tmp_path), option]) == 2
+    said = "checkpoints/checkpoint-42-better is none of the training's, and would pass for one: move it"
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_that_is_taken_away_while_it_is_claimed(tmp_path, monkeypatch):
+    """By a training that ends: the one that is held is the one that is there."""
+    folder, flock, calls = tmp_path / "checkpoints", output.fcntl.flock, []
+
+    def slow(handle, how):
+        calls.append(handle)
+        if len(calls) == 1:
+            folder.rmdir()
+        flock(handle, how)
+
+    monkeypatch.setattr(output.fcntl, "flock", slow)
+    handle = output._locked(folder)
+    assert len(calls) == 2 and os.path.samestat(os.fstat(handle), os.stat(folder))
+    with pytest.raises(output.InputError, match="is running"):
+        output._locked(folder)
+    os.close(handle)
 
 
 def test_killed_before_the_first_checkpoint(command, tmp_path, capsys, monkeypatch):

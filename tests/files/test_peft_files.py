@@ -351,6 +351,22 @@ def test_a_bank_whose_save_is_cut_off(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1"]
 
 
+def test_adapters_where_a_bank_has_its_own(tmp_path):
+    """Somebody's adapters in folders of these names are neither replaced nor taken away."""
+    model = zoo.build("Llama")
+    prompt, bank = SoftPrompt(model, 5), SoftPrompt(model, 5, num_prompts=3)
+    prompt.save_pretrained(tmp_path / "runs/1")
+    with pytest.raises(ValueError, match="runs/1 holds an adapter that is none of a bank's"):
+        bank.save_pretrained(tmp_path / "runs")
+    assert torch.equal(SoftPrompt.from_pretrained(model, tmp_path / "runs/1").prompt_embeddings, prompt.final_prompt())
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["1"]
+    bank.save_pretrained(tmp_path / "bank")
+    bank.save_pretrained(tmp_path / "bank")
+    FastPTuning(zoo.build("BERT"), 3).save_pretrained(tmp_path / "bank/2")
+    SoftPrompt(model, 5, num_prompts=2).save_pretrained(tmp_path / "bank")
+    FastPTuning.from_pretrained(tmp_path / "bank/2", zoo.build("BERT"))
+
+
 @pytest.mark.parametrize("kind", ["around", "into", "encoder"])
 def test_a_prompt_trained_behind_a_lora(tmp_path, kind):
     """Whose model has none when it is loaded is warned of."""

@@ -364,6 +364,9 @@ def test_the_models_own_folder_and_another_models_tokenizer(tmp_path):
     prompt = SoftPrompt(model, 3)
     with pytest.raises(ValueError, match="is where the model itself is"):
         prompt.save_pretrained_merged(tmp_path / "base", tokenizer)
+    with pytest.raises(ValueError, match="base is where the model itself is"):
+        bank = SoftPrompt(model, 3, num_prompts=2)
+        bank.save_pretrained_merged(tmp_path, tokenizer, names=["base", "other"])
     prompt.save_pretrained(tmp_path / "adapter")
     before = sorted((tmp_path / "adapter").iterdir())
     with pytest.raises(ValueError, match="adapter holds a PROMPT_TUNING adapter"):
