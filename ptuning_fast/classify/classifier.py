@@ -279,6 +279,8 @@ class FastPTuning(nn.Module):
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
         settings["with_adapter"] = has_adapter(self.bert)
+        adapter.check_whole(self.prompt_embeddings)
+        self.state_dict()  # for which FSDP2 shards what a forward has left whole, and in half precision
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
         whole = adapter.whole(tensors)
         if adapter.is_first(tensors.values()):

@@ -99,8 +99,8 @@ def _check_output(options: Namespace) -> None:
     began = _began_with(checkpoints) is not None
     if not began and any(not one.name.startswith(_BEING_WRITTEN) for one in checkpoints.iterdir()):
         raise InputError(f"{checkpoints} holds something else than a training: move it, or take another --output")
-    for one in checkpoints.iterdir():  # the Trainer removes these with its own
-        if re.match(r"checkpoint-\d+", one.name) and not re.fullmatch(r"checkpoint-\d+", one.name):
+    for one in checkpoints.glob("checkpoint-*"):  # which the Trainer removes with its own
+        if not re.fullmatch(r"checkpoint-\d+", one.name):
             raise InputError(f"{one} is none of the training's, and would pass for one: move it")
     if Path(options.output, adapter.WEIGHTS).exists() and not options.overwrite:
         raise InputError(f"there is an adapter in {options.output}: --overwrite replaces it, or take another --output")

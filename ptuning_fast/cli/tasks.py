@@ -213,7 +213,9 @@ class Language:
             language_model, options.prompt_length, mode=options.mode, init=options.init, tokenizer=tokenizer
         ).train()
         config: Any = language_model.config.get_text_config()
-        self.end = next(iter(_ends(language_model, tokenizer)), None)
+        # A model's own may be but what its class has by default, which is another token here.
+        known = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+        self.end = next((token for token in _ends(language_model, tokenizer) if token in known), None)
         positions = describe(language_model).max_positions or getattr(config, "max_position_embeddings", 2**31)
         self.most = min(options.max_length or 512, positions - options.prompt_length)
         if self.most < 2:
@@ -290,22 +292,23 @@ class Language:
 
 def _before(prompts: list[str], tokenizer: Any) -> list[list[int]]:
     """The tokens of each text that is to be continued: without the end that some tokenizers add."""
-    end = -1 if _adds_end(tokenizer) else None
-    return [list(ids[:end]) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+    behind = _added_behind(tokenizer)
+    return [list(ids[: len(ids) - behind]) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
 
 
-def _adds_end(tokenizer: Any) -> bool:
-    """Asked of a text that has a token, and no special one: a prompt may have none."""
+def _added_behind(tokenizer: Any) -> int:
+    """How many tokens, asked of a text that has a token, and no special one: a prompt may have none."""
     special = {*tokenizer.all_special_ids}
     for text in map(tokenizer.decode, range(len(tokenizer))):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids and special.isdisjoint(ids):
-            return bool(tokenizer(text)["input_ids"][-len(ids) - 1 :] == [*ids, tokenizer.eos_token_id])
-    return False
+            whole = tokenizer(text)["input_ids"]
+            return next((end for end in range(len(whole)) if whole[: len(whole) - end][-len(ids) :] == ids), 0)
+    return 0
 
 
 def _behind(prompt: str, completion: str, tokenizer: Any) -> list[int]:
-    """The tokens of a completion as they stand behind its prompt; where a token is of both, behind the end of a line.
+    """The tokens of a completion as they stand behind its prompt; where a token is of both, behind another text.
 
     By itself, some tokenizers would put a space before it (Llama 2's).
     """
@@ -313,9 +316,10 @@ def _behind(prompt: str, completion: str, tokenizer: Any) -> list[int]:
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    for before in (prompt, "\n"):
-        first, both = ids(before), ids(before + completion)
-        if both[: len(first)] == first:
+    for before in (prompt, "\n", ".", "a"):
+        first = ids(before) if before else []
+        both = ids(before + completion)
+        if (first or not before) and both[: len(first)] == first:
             return both[len(first) :]
     return ids(completion)
 

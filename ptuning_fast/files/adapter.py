@@ -24,7 +24,18 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_bytes", "check_others", "check_writable", "is_another", "kind_of", "load"]
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "WEIGHTS",
+    "as_bytes",
+    "check_others",
+    "check_whole",
+    "check_writable",
+    "is_another",
+    "kind_of",
+    "load",
+]
 __all__ += ["is_first", "read", "replace", "save", "saving", "whole"]
 
 WEIGHTS = "adapter_model.safetensors"
@@ -136,6 +147,15 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors`, of which those that are sharded (FSDP2) are gathered: then a call for all processes at once."""
     sharded: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if _is_sharded(tensor)}
     return tensors | {name: tensor.detach().full_tensor() for name, tensor in sharded.items()}
+
+
+def check_whole(prompt: Any) -> None:
+    """ValueError for a prompt of which this process has its part alone, flat."""
+    if prompt.dim() < 2:
+        raise ValueError(
+            "FullyShardedDataParallel has the prompt in parts: save it inside of its summon_full_params(module), or "
+            "shard with fully_shard (FSDP2), whose parts are gathered"
+        )
 
 
 def is_first(tensors: Iterable[Any]) -> bool:

@@ -62,6 +62,11 @@ def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> 
                 f"the adapter in {folder} holds {name} {list(tensor.shape)}, and {type(model).__name__} {found}: "
                 "load the model with the class and the num_labels that it was trained with"
             )
+        if own[name].device.type == "meta" or hasattr(own[name], "full_tensor"):
+            raise ValueError(
+                f"{name} of {type(model).__name__} is offloaded or sharded, and the adapter in {folder} brings its "
+                "own: load the adapter before"
+            )
     with torch.no_grad():
         for name, tensor in head.items():
             own[name].copy_(tensor)

@@ -16,7 +16,7 @@ __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
 _HEADER = re.compile(r"---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 _BASE = re.compile(r"^base_model:.*\n(?: *- .*\n)*", re.MULTILINE)
-_OURS = re.compile(r"<!-- ptuning-fast -->\n.*?<!-- end of ptuning-fast -->\n", re.DOTALL)
+_OURS = re.compile(r"<!-- ptuning-fast -->\r?\n.*?<!-- end of ptuning-fast -->\r?\n", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -39,7 +39,7 @@ def _write(
         text += "\n| figure | value |\n| --- | --- |\n" + "\n".join(rows) + "\n"
     text = f"<!-- ptuning-fast -->\n{text}<!-- end of ptuning-fast -->\n"
     with adapter.saving(Path(folder)):
-        old = file.read_text(encoding="utf-8", errors="surrogateescape") if file.is_file() else None
+        old = file.read_bytes().decode(errors="surrogateescape") if file.is_file() else None
         if old is None:
             text = f"{_header(base_model)}\n# {kind}\n\n{text}"
         else:

@@ -125,7 +125,8 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
             adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
         (folder / FIRST_VERSION).unlink(missing_ok=True)
         for place, prompt in enumerate(rows if bank else []):
-            one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, {"num_prompts": None, "encoder": None})
+            settings = saved.settings | {"num_prompts": None, "encoder": None}
+            one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, settings)
             save(folder / str(place), one, prompt)
 
 

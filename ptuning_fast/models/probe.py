@@ -4,11 +4,13 @@ It finds out what an architecture's name does not say. It leaves no trace in the
 """
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..op import Batch, Prompt
@@ -99,6 +101,7 @@ class Outcome(NamedTuple):
     right: float | None  # both in a batch, padded on the right
     left: float | None  # both in a batch, padded on the left
     error: str | None  # what the first refusal said
+    most: float  # what roundings alone may make of it
 
 
 LENGTH, TEXTS = 3, (6, 3)  # virtual tokens, and the tokens of the two texts
@@ -117,17 +120,25 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
     errors: list[str] = []
     with quietly(model):
         try:
-            expected = []
+            expected, dtypes, types = [], set[torch.dtype](), _types_of(model, device)
             for text in texts:
                 ids = torch.tensor([first + text], device=device)
-                out = _call(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
+                given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                if types is not None:
+                    given["token_type_ids"] = F.pad(types[: len(text)], (LENGTH, 0))[None]
+                with _dtypes_of_outputs(model, dtypes):
+                    out = _call(model, given, ids)
                 expected.append(_of_row(out, 0, slice(LENGTH, None), ids.shape[1], of_columns))
             prompt = Prompt(rows_of(table, torch.tensor(first, device=device)).float())
         except Exception as error:  # whatever a model that needs more than ids does
-            return Outcome(None, None, None, f"it cannot be called with ids alone: {error}")
+            return Outcome(None, None, None, f"it cannot be called with ids alone: {error}", 0.0)
 
         def off(rows: list[list[int]], side: str, truth: list[dict[str, Tensor]]) -> float | None:
             batch = padded(rows, side, tokens[0], device)
+            if types is not None:
+                typed = torch.zeros_like(batch.input_ids)
+                typed[batch.attention_mask != 0] = torch.cat([types[: len(row)] for row in rows])
+                batch = batch._replace(token_type_ids=typed)
             try:
                 served = serve(prompt, batch)
                 out = _call(model, served.inputs, batch.input_ids)
@@ -140,7 +151,7 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
         each = [off([text], "right", [truth]) for text, truth in zip(texts, expected)]
         alone = None if None in each else max(value for value in each if value is not None)
         right, left = (off(texts, side, expected) for side in ("right", "left"))
-    return Outcome(alone, right, left, errors[0] if errors else None)
+    return Outcome(alone, right, left, errors[0] if errors else None, _roundings(dtypes))
 
 
 def of_ids(model: Any) -> Tensor | None:
@@ -192,9 +203,41 @@ def _largest(rows: Tensor) -> Tensor:
 
 
 def tolerance(model: Any) -> float:
-    """What roundings may make `off_by` on a few tokens, with room for TF32."""
-    dtype = model.get_input_embeddings().weight.dtype
-    return 0.1 if dtype in (torch.float16, torch.bfloat16) else 3e-3
+    """What roundings may make `off_by` on a few tokens, by the dtype of the model's table."""
+    return _roundings({model.get_input_embeddings().weight.dtype})
+
+
+def _roundings(dtypes: set[torch.dtype]) -> float:
+    """What they may make `off_by` on a few tokens, with room for TF32."""
+    return 0.1 if dtypes & {torch.float16, torch.bfloat16} else 3e-3
+
+
+def _types_of(model: Any, device: torch.device) -> Tensor | None:
+    """Token types of a text's first rows, of both kinds; None where the model takes none, or knows one kind alone.
+
+    They may be in its mask (HrmText's prefixes), and not only among its embeddings.
+    """
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    if not takes or getattr(model.config, "type_vocab_size", 2) < 2:
+        return None
+    return torch.tensor([1, 1, 0, 1, 0, 0], device=device)
+
+
+@contextlib.contextmanager
+def _dtypes_of_outputs(model: nn.Module, found: set[torch.dtype]) -> Iterator[None]:
+    """Into `found`, those of what the modules with parameters give: autocast in a forward shows in no other way."""
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:
+        if torch.is_tensor(out):
+            found.add(out.dtype)
+
+    parts = (one for one in model.modules() if any(True for _ in one.parameters(recurse=False)))
+    hooks = [one.register_forward_hook(see) for one in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def ordinary_tokens(config: Any, V: int, count: int) -> list[int]:

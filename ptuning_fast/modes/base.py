@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models.families import family_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.probe import Outcome, Served, probe, tolerance
+from ..models.probe import Outcome, Served, probe
 from ..op import Batch, Embedded, Layout, Prompt
 
 __all__ = ["Mode"]
@@ -64,7 +64,7 @@ class Mode:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the input embedding")  # is said at the call itself
             found = self.probe_always(inner)
-        most, name = tolerance(inner), self.info.name
+        most, name = found.most, self.info.name
         if found.alone is None:
             warnings.warn(
                 f"{name} could not be probed ({found.error}): nothing says that a text's outputs in a padded batch are "

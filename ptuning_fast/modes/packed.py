@@ -11,11 +11,11 @@ from ..models.embedding import prepend
 from ..models.families import class_of
 from ..models.info import ModelInfo, unwrapped
 from ..models.positions import counts_columns
-from ..models.probe import Outcome, of_ids, tolerance
+from ..models.probe import Outcome, of_ids
 from ..op import Batch, Embedded, Layout, Prompt
 from .base import Mode
 
-__all__ = ["Packed"]
+__all__ = ["Packed", "obstacle_of_packed"]
 
 NARROW = 4  # rows that a sliding window has while a model is probed: fewer than the probe's texts
 
@@ -39,7 +39,7 @@ class Packed(Mode):
         info.check_per_token()
         inner = unwrapped(model)
         _check(inner)
-        obstacle = _obstacle(inner)
+        obstacle = obstacle_of_packed(inner)
         if obstacle is not None:  # for now: not as the TypeErrors are, which nothing changes
             raise ValueError(obstacle)
         before = inner.config._attn_implementation
@@ -47,7 +47,7 @@ class Packed(Mode):
         serve_packed(inner)
         with narrowed(NARROW):
             found = self.probe_always(inner)
-        reason = _reason(found, tolerance(inner))
+        reason = _reason(found)
         if reason is None and of_padded is not None and not _same(of_padded, of_ids(inner)):
             reason = "it computes otherwise where its attention implementation has another name"
         if reason is None:
@@ -57,7 +57,7 @@ class Packed(Mode):
         raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
 
     def obstacle(self, model: Any, prompt: Prompt) -> str | None:
-        return _obstacle(unwrapped(model))
+        return obstacle_of_packed(unwrapped(model))
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         return self._embed_packed(model, batch, prompt, self.info.position_start, layout)
@@ -105,12 +105,12 @@ def of_sequences(rows: Tensor, starts: Tensor, m: int, batch: Batch) -> Tensor:
     return out.index_put(place, torch.where((first > 0).view(-1, *ones), rows[0, starts + m - 1], out[place]))
 
 
-def _reason(found: Outcome, most: float) -> str | None:
+def _reason(found: Outcome) -> str | None:
     """Why a model cannot be given packed batches, by what a probe found; None if it can."""
     if found.error is not None:
         return found.error.partition(": take mode=")[0]
     worst = max((off for off in found[:3] if off is not None), default=float("inf"))
-    if worst <= most:
+    if worst <= found.most:
         return None
     return (
         "texts in one see each other, positions differ, or a sliding window is in its mask alone "
@@ -122,7 +122,7 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and torch.allclose(one, other, rtol=0, atol=1e-5 * one.abs().max().item(), equal_nan=True)
 
 
-def _obstacle(model: Any) -> str | None:
+def obstacle_of_packed(model: Any) -> str | None:
     if getattr(model.config, "output_router_logits", False):
         return (
             f"{type(model).__name__} adds a loss over its routers' choices, which counts padding as a mask tells it: "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.info import ModelInfo, unwrapped, what_draws
 from ..models.probe import is_causal
 from ..op import Batch, Embedded, Layout, Prompt
-from .packed import Packed, of_sequences
+from .packed import Packed, obstacle_of_packed, of_sequences
 
 __all__ = ["Shared"]
 
@@ -32,11 +32,13 @@ class Shared(Packed):
     def __init__(self, model: nn.Module, info: ModelInfo):
         inner = unwrapped(model)
         info.check_per_token()
+        # First what may be otherwise later, for which nothing is run: several processes run alike what they run.
+        of_flash = _obstacle_of_flash(inner)
+        obstacle = f"{info.name}: {of_flash}" if of_flash is not None else obstacle_of_packed(inner)
+        if obstacle is not None:
+            raise ValueError(obstacle)
         if inner.config.is_encoder_decoder or not _is_causal(inner):
             raise TypeError(f"{info.name} is not causal: its virtual tokens depend on the text, so take mode='prepend'")
-        of_flash = _obstacle_of_flash(inner)
-        if of_flash is not None:
-            raise ValueError(f"{info.name}: {of_flash}")
         super().__init__(model, info)
 
     def obstacle(self, model: Any, prompt: Prompt) -> str | None:

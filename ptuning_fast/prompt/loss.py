@@ -6,6 +6,7 @@ transformers' heads take the rows as `logits_to_keep`, its causal loss the label
 (loss/loss_utils.py); whatever a head does to its logits (softcap, scale) is still done by it.
 """
 
+import inspect
 import math
 import warnings
 from typing import Any
@@ -125,9 +126,17 @@ def is_of_tokens(model: Any) -> bool:
 
 
 def _is_transformers_own(inner: Any) -> bool:
-    """Whether nobody has written another forward, whose loss may be another; Accelerate's calls the one it replaces."""
-    replaced = "forward" in vars(inner) and not hasattr(inner, "_hf_hook")
-    return type(inner).forward.__module__.startswith("transformers.") and not replaced
+    """Whether nobody has written another forward, whose loss may be another.
+
+    Accelerate's, for offloading and autocast, call the one that they replace.
+    """
+    if not type(inner).forward.__module__.startswith("transformers."):
+        return False
+    if "forward" not in vars(inner):
+        return True
+    called = inspect.unwrap(inner.forward)
+    original = getattr(called, "__func__", called) is inspect.unwrap(type(inner).forward)
+    return original and (hasattr(inner, "_hf_hook") or hasattr(inner, "_original_forward"))
 
 
 def goes_by_items(model: Any, info: ModelInfo) -> bool:

@@ -253,7 +253,8 @@ class SoftPrompt(Saving):
             keeps = self._of_loss(keeps_labelled_rows)
             if keeps:
                 model = self._of_loss(last_rows).of(model, predicting(inputs["labels"])[1], shape[1])
-            if is_large(model, inputs) and self._of_loss(has_chunks):
+            large = is_large(model, inputs)
+            if (large or _are_several()) and self._of_loss(has_chunks) and large:  # a probe is one of all processes
                 loss = in_chunks(model, inputs)
                 if loss is not None:
                     return loss
@@ -363,7 +364,7 @@ class SoftPrompt(Saving):
         m, (B, n), mask = self.length, batch.input_ids.shape, batch.attention_mask
         tokens = B * n if mask is None else int((mask != 0).sum())
         rows = {"prepend": B * (m + n), "packed": B * m + tokens, "shared": max(m - 1, 0) + B * min(m, 1) + tokens}
-        if len(self._modes) < len(rows) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if len(self._modes) < len(rows) and _are_several():
             for name in rows:  # whatever rows each process has, as the probe of a sharded model is one of all
                 with suppress(TypeError, ValueError):
                     self._mode(name)
@@ -388,6 +389,10 @@ class SoftPrompt(Saving):
         rest = {key: value for key, value in self.__dict__.items() if key not in ("model", *found)}
         copied.__dict__.update(copy.deepcopy(rest, memo), **found, model=model)
         return copied
+
+
+def _are_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _off_padding(labels: Any, attention_mask: Any) -> Any:

@@ -41,21 +41,27 @@ class Saving(nn.Module):
     length: int
     num_prompts: int | None
     base_model: str
+    _came_with: frozenset[str] = frozenset()  # names of the model's parameters that its adapter brought
 
     def final_prompt(self) -> Tensor:
         """The prompt as it is kept: [m, d] or [K, m, d], without the encoder's dropout.
 
         Where FSDP2 has sharded the parameters they are gathered, so every process must call this.
+
+        Raises:
+            ValueError: the first FSDP has it in parts.
         """
+        self.state_dict()  # for which FSDP2 shards what a forward has left whole, and in half precision
+        adapter.check_whole(self.prompt_embeddings)
         with torch.no_grad():
             prompt = adapter.whole({"": self.prompt_embeddings})[""]
             return prompt if self.encoder is None else _whole(self.encoder).without_dropout(prompt)
 
     def _kept(self) -> tuple[peft.Saved, Tensor, bool]:
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
-        # First, as FSDP2 shards for it what a forward has left whole.
-        parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
         rows = self.final_prompt()
+        parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
+        head |= {name: tensor for name, tensor in unwrapped(self.model).state_dict().items() if name in self._came_with}
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
         encoder = None if self.encoder is None else self.encoder.settings
         settings = {"num_prompts": self.num_prompts, "encoder": encoder, "with_adapter": has_adapter(self.model)}
@@ -173,4 +179,5 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
+        prompt._came_with = frozenset(head)
         return prompt.eval()

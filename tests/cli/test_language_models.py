@@ -16,7 +16,7 @@ import transformers
 import zoo
 from packaging.version import Version
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -77,13 +77,25 @@ def test_completions_as_they_stand_behind_their_prompts():
     assert tasks._behind("", "Ne", tokenizer) == tokenizer("Ne")["input_ids"]
 
 
+def test_completions_of_a_tokenizer_to_which_a_line_ends_with_a_space():
+    """Of the SentencePiece kind, where a token is of the prompt and the completion."""
+    pieces = [("<unk>", 0.0), ("▁", -3.0), *((letter, -4.0) for letter in "abcd."), ("bc", -2.0), ("▁a", -3.0)]
+    made = Tokenizer(models.Unigram(pieces, 0))
+    made.normalizer = normalizers.Replace("\n", " ")
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    before = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert tokenizer("abcd", add_special_tokens=False)["input_ids"][: len(before)] != before
+    assert tokenizer.decode(before + tasks._behind("ab", "cd", tokenizer)) == "abcd"
+
+
 def test_a_text_ends_as_the_model_does(language_model, pairs_file, tmp_path):
     """Where the tokenizer names no end; where neither does, that is said."""
     shutil.copytree(language_model, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(language_model, eos_token=None, pad_token="!")
     assert tokenizer.eos_token_id is None
     tokenizer.save_pretrained(tmp_path / "model")
-    for own, end in (([7, 0], [7]), (None, [])):
+    for own, end in (([7, 0], [0]), (7, []), (None, [])):  # 7 is an ordinary token, as a class's default may be
         settings = transformers.GenerationConfig(eos_token_id=own)
         settings.save_pretrained(tmp_path / "model")
         lm, tokenizer = task("--model", str(tmp_path / "model"), "--train-file", pairs_file)
@@ -249,11 +261,12 @@ def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
 def test_no_token_of_a_prompt_is_lost():
     """Where a tokenizer does not know a letter, and its unknown token is the end, or it drops what it does not know."""
     letters = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
-    for unknown, single in (("<s>", "$A"), (None, "<s> $A"), (None, "<s> $A <s>")):
+    for unknown, single in (("<s>", "$A"), (None, "<s> $A"), (None, "<s> $A <s>"), (None, "<s> $A </s>")):
         made = Tokenizer(models.BPE(letters, [], unk_token=unknown))
-        made.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 0)])
+        made.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 5)])
+        eos = None if "</s>" in single else "<s>"  # an end that is a separator to the tokenizer
         tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, bos_token="<s>", eos_token="<s>", unk_token=unknown
+            tokenizer_object=made, bos_token="<s>", eos_token=eos, sep_token="</s>", unk_token=unknown
         )
         begins = single.startswith("<s>")
         expected = [[0] * begins + [letters[letter] for letter in text] for text in ("ACGT", "")]

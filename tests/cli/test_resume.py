@@ -66,11 +66,11 @@ def test_killed_and_resumed_is_undisturbed(command, tmp_path, capsys):
 
     (kept / "checkpoint-999").mkdir()  # one that was cut off when it was written
     (kept / "checkpoint-999/trainer_state.json").write_text("{")
-    (kept / "checkpoint-best").mkdir()  # somebody's, which stays
+    (kept / "notes").mkdir()  # somebody's, which stays
     assert main(resume) == 0
     printed = capsys.readouterr().out
     assert "going on from" in printed and "checkpoint-999" not in printed
-    assert [one.name for one in kept.iterdir()] == ["checkpoint-best"]
+    assert [one.name for one in kept.iterdir()] == ["notes"]
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     assert "60 steps" in printed and "60 steps" in capsys.readouterr().out
     torch.set_num_threads(threads)
@@ -95,15 +95,15 @@ def test_a_checkpoint_is_whole_when_every_process_has_written(command, tmp_path,
     assert len(whole) == 2 and "optimizer.pt" in whole[0]
 
 
-@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
-def test_a_folder_that_would_pass_for_a_checkpoint(command, tmp_path, capsys, monkeypatch, option):
+@pytest.mark.parametrize(("option", "name"), [("--resume", "checkpoint-best"), ("--overwrite", "checkpoint-42-lr")])
+def test_a_folder_that_would_pass_for_a_checkpoint(command, tmp_path, capsys, monkeypatch, option, name):
     """The Trainer takes it for one of its own, and removes it."""
     with monkeypatch.context() as patch:
         patch.setattr("transformers.Trainer.train", Mock(side_effect=KeyboardInterrupt))
         assert main([*command, "--output", str(tmp_path)]) == 130
-    (tmp_path / "checkpoints/checkpoint-42-better").mkdir()
+    (tmp_path / "checkpoints" / name).mkdir()
     assert main([*command, "--output", str(tmp_path), option]) == 2
-    said = "checkpoints/checkpoint-42-better is none of the training's, and would pass for one: move it"
+    said = f"checkpoints/{name} is none of the training's, and would pass for one: move it"
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 

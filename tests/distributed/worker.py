@@ -19,11 +19,12 @@ import torch.distributed as dist
 import zoo
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
+from ptuning_fast.files import adapter
 
 STEPS = 3
 TEXTS = zoo.texts([4, 11, 1, 17])  # the two processes have texts of other lengths, and other numbers of tokens
@@ -188,12 +189,21 @@ def fsdp_both(mode):
 
 @case("prepend")
 def saved_by_fsdp(mode):
-    """A prompt that FSDP2 has sharded, saved by both processes at once and loaded by each."""
-    module = Causal(frozen("Llama"), mode)
-    fully_shard(module.prompt)
+    """A prompt that FSDP2 has sharded, saved by both processes at once and loaded by each, also where it computes in
+    half precision, and behind a forward; and so is a classifier."""
+    module, model = Causal(frozen("Llama"), mode), classifier("prepend")
+    start = model.prompt_embeddings.detach().clone()
+    fully_shard(module.prompt, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
     folder = Path(sys.argv[1]).with_name("saved")
+    with torch.no_grad():
+        ids, mask = zoo.padded(TEXTS, "right")
+        model.eval()(ids, mask)
+        module.prompt(ids, mask)
+    model.save_pretrained(folder.with_name("classifier"))
     module.save_pretrained(folder)
     dist.barrier()
+    assert torch.equal(adapter.load(folder.with_name("classifier"))[0]["prompt_embeddings"], start)
     module.prompt = SoftPrompt.from_pretrained(module.model, folder)
     return curve(beside(DDP(module.prompt), module), OWN, module.total, [module.prompt.prompt_embeddings])
 

@@ -367,6 +367,37 @@ def test_adapters_where_a_bank_has_its_own(tmp_path):
     FastPTuning.from_pretrained(tmp_path / "bank/2", zoo.build("BERT"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_came_with_a_prompt_is_saved_with_it(tmp_path):
+    """PEFT keeps a head of a language model where it is told to."""
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(zoo.build("Llama"), settings)
+    torch.nn.init.normal_(theirs.get_output_embeddings().modules_to_save["default"].weight)
+    theirs.save_pretrained(tmp_path / "theirs")
+    one = SoftPrompt.from_pretrained(zoo.build("Llama"), tmp_path / "theirs")
+    one.save_pretrained(tmp_path / "ours")
+    again = SoftPrompt.from_pretrained(zoo.build("Llama"), tmp_path / "ours")
+    assert not torch.equal(one.model.lm_head.weight, zoo.build("Llama").lm_head.weight)
+    assert torch.equal(again.model.lm_head.weight, one.model.lm_head.weight)
+
+
+def test_a_head_that_cannot_be_brought(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    SoftPrompt(build("SEQ_CLS"), 3).save_pretrained(tmp_path)
+    model = accelerate.cpu_offload(build("SEQ_CLS"), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"is offloaded or sharded, and the adapter in .* load the adapter before"):
+        SoftPrompt.from_pretrained(model, tmp_path)
+
+
+def test_a_prompt_in_parts(tmp_path):
+    """As FullyShardedDataParallel leaves it in each process."""
+    for module in (SoftPrompt(zoo.build("Llama"), 3), FastPTuning(zoo.build("BERT"), 3)):
+        module.prompt_embeddings.data = module.prompt_embeddings.data.flatten()[:7]
+        with pytest.raises(ValueError, match="has the prompt in parts: save it inside of its summon_full_params"):
+            module.save_pretrained(tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
+
+
 @pytest.mark.parametrize("kind", ["around", "into", "encoder"])
 def test_a_prompt_trained_behind_a_lora(tmp_path, kind):
     """Whose model has none when it is loaded is warned of."""
@@ -383,6 +414,10 @@ def test_a_prompt_trained_behind_a_lora(tmp_path, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(model)
+    if kind == "around":  # each prompt of a bank, too
+        SoftPrompt(model, 3, num_prompts=2).save_pretrained(tmp_path / "bank")
+        with pytest.warns(UserWarning, match="was trained on a model with an adapter"):
+            SoftPrompt.from_pretrained(zoo.build("Llama"), tmp_path / "bank/1")
     with pytest.warns(UserWarning, match=r"was trained on a model with an adapter of PEFT's \(LoRA\), which this one"):
         load(zoo.build("BERT" if kind == "encoder" else "Llama"))
     made = SoftPrompt(zoo.build("Llama"), 3)

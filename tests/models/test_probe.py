@@ -159,6 +159,25 @@ def test_wherever_the_table_is_and_whatever_outputs_are(kind, mode, message, cha
     assert (getattr(model.config, "return_dict", True) is False) == (change is _of_tuples)
 
 
+def test_token_types_that_are_in_a_mask(torch_backend):
+    """HrmText's, whose prefixes attend in both directions: it is given no packed batch."""
+    with pytest.raises(TypeError, match="HrmTextForCausalLM, probed, cannot be given a packed batch"):
+        SoftPrompt(sweep.build("hrm_text", KINDS["hrm_text"], "sdpa"), 3)(
+            *zoo.padded(zoo.texts(), "right"), mode="packed"
+        )
+
+
+def test_what_may_be_otherwise_later_is_said_before_anything_is_run(torch_backend, monkeypatch):
+    """Processes that share a sharded model would wait for each other: each tries again when it has such a batch."""
+    model = sweep.build("mixtral", KINDS["mixtral"], "sdpa")
+    model.config.output_router_logits = True
+    prompt = SoftPrompt(model, 3)
+    monkeypatch.setattr("ptuning_fast.models.probe._call", None)
+    for mode in ("packed", "shared"):
+        with pytest.raises(ValueError, match="output_router_logits"):
+            prompt._mode(mode)
+
+
 def test_a_model_that_cannot_be_probed(torch_backend):
     """Nothing is known of it: that is said, and it is given no packed batch."""
 

@@ -322,7 +322,7 @@ def test_flash_attention_is_left_to_transformers(monkeypatch):
         return query.transpose(1, 2).contiguous(), None
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
-    monkeypatch.setattr("ptuning_fast.modes.packed.Packed.probe_always", lambda *_: Outcome(0.0, 0.0, 0.0, None))
+    monkeypatch.setattr("ptuning_fast.modes.packed.Packed.probe_always", lambda *_: Outcome(0.0, 0.0, 0.0, None, 0.0))
     model.config._attn_implementation_internal = "flash_attention_2"
     inputs = SoftPrompt(model, zoo.M)(*zoo.padded(zoo.texts(), "right"), mode="packed")
     assert "attention_mask" not in inputs

@@ -1,5 +1,7 @@
 """SoftPrompt.loss: the model's own loss, in the mode with the fewest rows, with the head on labelled rows alone."""
 
+import inspect
+
 import pytest
 import sweep
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 import zoo
 from transformers import BambaConfig, BambaForCausalLM, FunnelConfig, FunnelModel
 
-from ptuning_fast import SoftPrompt
+from ptuning_fast import PromptedModel, SoftPrompt
 from ptuning_fast.models import describe
 from ptuning_fast.prompt.loss import keeps_labelled_rows
 
@@ -176,6 +178,32 @@ def test_a_loss_that_counts_what_has_no_label(torch_backend, recwarn):
     recwarn.clear()
     prompt(ids, mask, labels=labels % 2)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_model_that_accelerate_has_prepared(kind, torch_backend):
+    """Its forward is then one under autocast: as exact as that is, and no less is saved."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    ids, mask, labels = batch("last")
+    model = build(kind).requires_grad_(False)
+    start = torch.randn(3, zoo.D, generator=torch.Generator().manual_seed(8)) / 4
+    expected = PromptedModel(model, prompt=SoftPrompt(model, 3, init=start))(ids, mask, labels=labels).loss
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert prepared is model and "forward" in vars(model)
+    prompt = SoftPrompt(model, 3, init=start)
+    for mode in ("prepend", "packed", "shared", "auto"):
+        assert (PromptedModel(model, prompt=prompt, mode=mode)(ids, mask, labels=labels).loss - expected).abs() < 0.03
+    inputs = prompt(ids, mask, labels=labels, mode="auto")
+    assert "prefix_length" in inputs and prompt.has_causal_loss
+
+    def theirs(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    theirs.__signature__ = inspect.signature(model.forward)
+    forward, model.forward = model.forward, theirs
+    assert "prefix_length" not in SoftPrompt(model, 3)(ids, mask, labels=labels, mode="auto")
 
 
 def test_a_loss_function_that_is_replaced(torch_backend):
