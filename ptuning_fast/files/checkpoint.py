@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["trained_only"]
+__all__ = ["marks_of_adapters", "trained_only"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,10 +31,15 @@ def trained_only(module: Module) -> Module:
     return module
 
 
+def marks_of_adapters(module: nn.Module) -> list[str]:
+    """What the names of parameters have in them that are of an adapter of PEFT's: `lora_`."""
+    return [str(part.prefix) for part in module.modules() if hasattr(part, "peft_config") and hasattr(part, "prefix")]
+
+
 def _trained(module: nn.Module) -> set[str]:
     """Names of parameters that are trained or of an adapter of PEFT's, and of buffers that stand beside no others."""
     kept, named = module.__dict__["_kept"], list(module.named_parameters())
-    marks = [str(part.prefix) for part in module.modules() if hasattr(part, "peft_config") and hasattr(part, "prefix")]
+    marks = marks_of_adapters(module)
     trained = {name for name, one in named if one.requires_grad or name in kept or any(mark in name for mark in marks)}
     frozen = {name.rpartition(".")[0] for name, _ in named if name not in trained}
     return trained | {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in frozen}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import peft
-from ..files.checkpoint import trained_only
+from ..files.checkpoint import marks_of_adapters, trained_only
 from ..models import unwrapped
 from ..models.families import class_of
 from ..models.info import has_adapter, is_a
@@ -306,7 +306,15 @@ class PromptedModel(nn.Module):
             return
         head = peft.head_of(self.model, peft.task_of(self.model))
         rest = [name for name, one in self.model.named_parameters() if one.requires_grad and name not in head]
-        if rest:
+        marks = marks_of_adapters(self.model)
+        others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]
+        if marks and others:
+            warnings.warn(
+                f"{others[0]} is trained, too, and is written neither with the prompt nor with PEFT's adapter: give it to "
+                "the latter by its name in modules_to_save",
+                stacklevel=2,
+            )
+        elif rest:
             warnings.warn(
                 f"{rest[0]} is trained, too, and is not written with the prompt: model.save_pretrained keeps it, in "
                 "another folder",

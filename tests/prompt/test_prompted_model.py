@@ -152,6 +152,21 @@ def test_a_classifiers_head_is_trained_and_saved(tmp_path):
         prompted.save_pretrained(tmp_path)
 
 
+def test_a_head_that_no_adapter_keeps(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    for task, expected in (
+        (None, "classifier.*neither with the prompt nor with PEFT's adapter"),
+        ("SEQ_CLS", "lora_A"),
+    ):
+        settings = peft.LoraConfig(target_modules=["query"], task_type=task)
+        model = peft.get_peft_model(zoo.build("BERT", "BertForSequenceClassification"), settings)
+        model.get_base_model().classifier.requires_grad_(True)
+        if task:
+            model.get_base_model().classifier.original_module.requires_grad_(False)
+        with pytest.warns(UserWarning, match=expected):
+            PromptedModel(model, 3).save_pretrained(tmp_path)
+
+
 class Toxicity(transformers.BertPreTrainedModel):
     """A head that no name tells."""
 
