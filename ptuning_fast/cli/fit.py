@@ -157,6 +157,8 @@ class _Together(Trainer):
             if items:
                 total += torch.stack([model.prompt.loss(**batch, labels=labels, mode=model.mode) * items, items])
         loss, items = self.accelerator.reduce(total, "sum").tolist()
+        if not items:
+            raise InputError("no held-out text has a token that could be predicted: each has one alone")
         return loss / items
 
 

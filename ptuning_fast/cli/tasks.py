@@ -55,7 +55,10 @@ def load(kind: Any, name: str, in_adapter: bool = False, **options: Any) -> tupl
         raise InputError(f"cannot load the model {name!r} (--model names another): {reason}") from None
     if "attention_mask" not in tokenizer.model_input_names:  # without it, padding would be text
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
-    if tokenizer.pad_token_id is None:  # decoders' often: any token does, as the mask hides it
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (
+        tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows
+    ):  # decoders' often: any does, as the mask hides it
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer of {name!r} has no padding token, which batches of texts need")

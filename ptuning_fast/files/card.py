@@ -43,11 +43,13 @@ def _write(
         if old is None:
             text = f"{_header(base_model)}\n# {kind}\n\n{text}"
         else:
-            ours = text
-            header = _HEADER.match(old)
-            if header and _OURS.search(old) and _base_line(base_model):
-                rest = _BASE.sub("", header[0], count=1).removeprefix("---\n")
-                old = f"---\n{_base_line(base_model)}{rest}{old[header.end() :]}"
+            ours, header, before = text, _HEADER.match(old), _OURS.search(old)
+            if header and before:
+                line, named = _base_line(base_model), re.search("for `(.*)`, by", before[0])
+                stale = _base_line(named[1]) if named else ""  # what we have named; another is somebody's word
+                if line or (stale and stale in header[0]):
+                    rest = _BASE.sub("", header[0], count=1).removeprefix("---\n")
+                    old = f"---\n{line}{rest}{old[header.end() :]}"
             text = _OURS.sub(lambda _: ours, old, count=1)
         adapter.replace(file, text.encode(errors="surrogateescape"))
 

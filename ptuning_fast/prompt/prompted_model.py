@@ -310,8 +310,8 @@ class PromptedModel(nn.Module):
         others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]
         if marks and others:
             warnings.warn(
-                f"{others[0]} is trained, too, and is written neither with the prompt nor with PEFT's adapter: give it to "
-                "the latter by its name in modules_to_save",
+                f"{others[0]} is trained, too, and is written neither with the prompt nor with PEFT's adapter: name it "
+                "in the adapter's modules_to_save",
                 stacklevel=2,
             )
         elif rest:

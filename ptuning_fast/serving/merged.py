@@ -75,8 +75,11 @@ def _check_folder(folder: Path, model: Any, tokenizer: Any) -> None:
         if name and Path(name).is_dir() and folder.resolve() == Path(name).resolve():
             raise ValueError(f"{folder} is where the model itself is: it would be replaced, so name another folder")
     kind, _ = adapter.kind_of(folder, {})
-    if kind:
-        raise ValueError(f"{folder} holds a {kind} adapter, and transformers would load its model: name another folder")
+    if kind or (folder / adapter.WEIGHTS).exists():
+        raise ValueError(
+            f"{folder} holds {f'a {kind}' if kind else 'an'} adapter, and transformers would load its model: name "
+            "another folder"
+        )
 
 
 def _checked(names: list[str] | None, K: int, bank: bool) -> list[str]:

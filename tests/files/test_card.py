@@ -242,6 +242,13 @@ def test_the_base_model_is_that_of_the_last_save(tmp_path):
         file.write_text(file.read_text().replace('base_model: "other/llama"\n', others))
         prompt_for(base="other/llama").save_pretrained(tmp_path)
         assert settings_of(file.read_text()) == settings
+    before = file.read_text()
+    prompt_for(base=str(tmp_path)).save_pretrained(tmp_path)
+    assert settings_of(file.read_text()) == {key: one for key, one in settings.items() if key != "base_model"}
+    file.write_text(before.replace('"other/llama"', '"mine/llama"'))
+    prompt_for(base=str(tmp_path)).save_pretrained(tmp_path)
+    assert settings_of(file.read_text())["base_model"] == "mine/llama"
+    prompt_for(base="other/llama").save_pretrained(tmp_path)
     text = file.read_text().replace('base_model: "other/llama"\n', "base_model:\n  - some/llama\n  - another\n")
     file.write_bytes(f"{text}\nAs text: \xe9\n\nbase_model: mine\n- and this\n".encode("latin-1"))
     prompt_for(base="other/llama").save_pretrained(tmp_path)

@@ -369,6 +369,9 @@ def test_the_models_own_folder_and_another_models_tokenizer(tmp_path):
         bank.save_pretrained_merged(tmp_path, tokenizer, names=["base", "other"])
     prompt.save_pretrained(tmp_path / "adapter")
     before = sorted((tmp_path / "adapter").iterdir())
+    bank.save_pretrained(tmp_path / "bank")
+    with pytest.raises(ValueError, match="bank holds an adapter"):
+        prompt.save_pretrained_merged(tmp_path / "bank", tokenizer)
     with pytest.raises(ValueError, match="adapter holds a PROMPT_TUNING adapter"):
         prompt.save_pretrained_merged(tmp_path / "adapter", tokenizer)
     assert sorted((tmp_path / "adapter").iterdir()) == before
