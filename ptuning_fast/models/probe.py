@@ -104,7 +104,7 @@ class Outcome(NamedTuple):
     most: float  # what roundings alone may make of it
 
 
-LENGTH, TEXTS = 3, (6, 3)  # virtual tokens, and the tokens of the two texts
+LENGTH, TEXTS = 3, (6, 3)  # virtual tokens, and the tokens of the two texts where no block is longer
 
 
 def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool = False) -> Outcome:
@@ -115,12 +115,13 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
     """
     table = model.get_input_embeddings()
     device, V = device_of(table), getattr(table, "num_embeddings", table.weight.shape[0])
-    tokens = ordinary_tokens(model.config, V, LENGTH + max(TEXTS))
-    first, texts = tokens[:LENGTH], [tokens[LENGTH : LENGTH + n] for n in TEXTS]
+    lengths = _lengths(model.config)
+    tokens = ordinary_tokens(model.config, V, LENGTH + max(lengths))
+    first, texts = tokens[:LENGTH], [tokens[LENGTH : LENGTH + n] for n in lengths]
     errors: list[str] = []
     with quietly(model):
         try:
-            expected, dtypes, types = [], set[torch.dtype](), _types_of(model, device)
+            expected, dtypes, types = [], set[torch.dtype](), _types_of(model, max(lengths), device)
             for text in texts:
                 ids = torch.tensor([first + text], device=device)
                 given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -212,15 +213,21 @@ def _roundings(dtypes: set[torch.dtype]) -> float:
     return 0.1 if dtypes & {torch.float16, torch.bfloat16} else 3e-3
 
 
-def _types_of(model: Any, device: torch.device) -> Tensor | None:
-    """Token types of a text's first rows, of both kinds; None where the model takes none, or knows one kind alone.
+def _lengths(config: Any) -> tuple[int, int]:
+    """Of the two texts: one is longer than a block, where attention goes by small ones (LongT5's)."""
+    sizes = [value for name, value in config.to_dict().items() if name.endswith("block_size") and type(value) is int]
+    return max([TEXTS[0], *(size + 2 for size in sizes if size <= 64)]), TEXTS[1]
+
+
+def _types_of(model: Any, n: int, device: torch.device) -> Tensor | None:
+    """Token types of a text's first n rows, of both kinds; None where the model takes none, or knows one kind alone.
 
     They may be in its mask (HrmText's prefixes), and not only among its embeddings.
     """
     takes = "token_type_ids" in inspect.signature(model.forward).parameters
     if not takes or getattr(model.config, "type_vocab_size", 2) < 2:
         return None
-    return torch.tensor([1, 1, 0, 1, 0, 0], device=device)
+    return (torch.arange(n, device=device) % 3 < 2).long()
 
 
 @contextlib.contextmanager

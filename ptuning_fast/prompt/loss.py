@@ -23,6 +23,7 @@ from ..models.replaced import Called, with_module
 
 __all__ = [
     "check_counted",
+    "gives_columns",
     "goes_by_items",
     "has_causal_loss",
     "is_of_tokens",
@@ -162,6 +163,17 @@ def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
             "labels has tokens where attention_mask is 0, which no prompt is trained on, and num_items_in_batch counts "
             "them: give -100 there, as transformers' collators do"
         )
+
+
+def gives_columns(model: Any, info: ModelInfo) -> bool:
+    """Whether logits [B, S] are a number for each column, and not S classes: for texts of two lengths."""
+    inner = unwrapped(model)
+    ids, _ = _short_text(inner)
+    with quietly(inner):
+        try:
+            return all(inner(input_ids=ids[:, :n]).logits.shape == (1, n) for n in (ids.shape[1], ids.shape[1] - 1))
+        except Exception:  # whatever a model that needs more than ids does
+            return False
 
 
 def warn_of_ignored(model: Any, info: ModelInfo) -> None:

@@ -14,9 +14,10 @@ from ..files import peft
 from ..files.checkpoint import marks_of_adapters, trained_only
 from ..models import unwrapped
 from ..models.families import class_of
-from ..models.info import has_adapter, is_a
+from ..models.info import has_adapter
 from ..modes.flattened import FLATTENED
 from .generate import count_new_tokens
+from .loss import gives_columns
 from .soft_prompt import LaidOut, SoftPrompt
 
 if TYPE_CHECKING:
@@ -249,9 +250,8 @@ class PromptedModel(nn.Module):
 
     def _is_column(self, name: str) -> bool:
         """Whether an output [B, S] has a number for each column, and not S classes or features."""
-        return name in ("start_logits", "end_logits") or (
-            name == "logits" and is_a(unwrapped(self.model), "ForPreTraining")
-        )
+        of_columns = name in ("start_logits", "end_logits")
+        return of_columns or (name == "logits" and self.prompt._of_loss(gives_columns))
 
     def _get_name(self) -> str:
         """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""

@@ -337,7 +337,9 @@ class SoftPrompt(Saving):
         own = vars(self.model.generation_config)
         self.info.check_images(one for one, value in options.items() if torch.is_tensor(value) and one not in own)
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
-        copies = copies_of_rows(self.model, options)
+        # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
+        is_sharded = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
+        copies = None if is_sharded else copies_of_rows(self.model, options)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self.info)

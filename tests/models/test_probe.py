@@ -167,6 +167,16 @@ def test_token_types_that_are_in_a_mask(torch_backend):
         )
 
 
+def test_attention_by_blocks_that_are_longer_than_a_short_text(torch_backend):
+    """LongT5's global ones, of 16 tokens: padding on the left moves them."""
+    sizes = {"d_model": zoo.D, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    config = transformers.LongT5Config(vocab_size=zoo.V, **sizes, encoder_attention_type="transient-global")
+    torch.manual_seed(0)
+    prompt = SoftPrompt(transformers.LongT5ForConditionalGeneration(config).eval(), 3)
+    with pytest.raises(ValueError, match="counts padding on the left"):
+        prompt(*zoo.padded(zoo.texts([60, 49]), "left"))
+
+
 def test_what_may_be_otherwise_later_is_said_before_anything_is_run(torch_backend, monkeypatch):
     """Processes that share a sharded model would wait for each other: each tries again when it has such a batch."""
     model = sweep.build("mixtral", KINDS["mixtral"], "sdpa")

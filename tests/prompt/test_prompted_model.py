@@ -279,22 +279,25 @@ def test_questions_are_answered_in_columns_of_the_text():
 
 
 def test_classes_as_many_as_columns():
-    """Of a class of somebody's own, which has as many classes as a batch has columns."""
+    """Of a class of somebody's own, which has as many classes as a batch has columns, or a number for each of these."""
 
     class Own(transformers.LlamaPreTrainedModel):
-        def __init__(self, config):
+        def __init__(self, config, of_tokens):
             super().__init__(config)
             self.model = transformers.LlamaModel(config)
-            self.head = torch.nn.Linear(config.hidden_size, 8)
+            self.head = torch.nn.Linear(config.hidden_size, 1 if of_tokens else 8)
+            self.of_tokens = of_tokens
             self.post_init()
 
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None):
             rows = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds).last_hidden_state
-            return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.head(rows[:, -1]))
+            logits = self.head(rows)[..., 0] if self.of_tokens else self.head(rows[:, -1])
+            return transformers.modeling_outputs.SequenceClassifierOutput(logits=logits)
 
-    prompted = PromptedModel(Own(zoo.build("Llama").config), 3, mode="prepend").eval()
-    for n in (4, 5, 6):
-        assert prompted(torch.full((2, n), 7)).logits.shape == (2, 8)
+    for of_tokens in (False, True):
+        prompted = PromptedModel(Own(zoo.build("Llama").config, of_tokens), 3, mode="prepend").eval()
+        for n in (4, 5, 6):
+            assert prompted(torch.full((2, n), 7)).logits.shape == (2, n if of_tokens else 8)
 
 
 def test_outputs_of_other_names():
