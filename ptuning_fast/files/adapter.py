@@ -19,6 +19,8 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ..models.embedding import is_sharded
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -145,7 +147,7 @@ def _settings_in(file: Path) -> dict[str, Any]:
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors`, of which those that are sharded (FSDP2) are gathered: then a call for all processes at once."""
-    sharded: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if _is_sharded(tensor)}
+    sharded: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
     return tensors | {name: tensor.detach().full_tensor() for name, tensor in sharded.items()}
 
 
@@ -160,11 +162,7 @@ def check_whole(prompt: Any) -> None:
 
 def is_first(tensors: Iterable[Any]) -> bool:
     """Whether this process is the one that writes `tensors`: the first of those that they are sharded over, or any."""
-    return not any(any(tensor.device_mesh.get_coordinate() or ()) for tensor in tensors if _is_sharded(tensor))
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor's; to import its class takes long
+    return not any(any(tensor.device_mesh.get_coordinate() or ()) for tensor in tensors if is_sharded(tensor))
 
 
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.embedding import is_sharded
 from ..models.info import has_adapter, unwrapped
 from .peft import Saved
 
@@ -62,7 +63,7 @@ def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> 
                 f"the adapter in {folder} holds {name} {list(tensor.shape)}, and {type(model).__name__} {found}: "
                 "load the model with the class and the num_labels that it was trained with"
             )
-        if own[name].device.type == "meta" or hasattr(own[name], "full_tensor"):
+        if own[name].device.type == "meta" or is_sharded(own[name]):
             raise ValueError(
                 f"{name} of {type(model).__name__} is offloaded or sharded, and the adapter in {folder} brings its "
                 "own: load the adapter before"

@@ -11,7 +11,7 @@ from ..op import Batch, Embedded, Layout, Prompt, embed, embed_plainly
 from ..op.checks import check, raise_for_ids
 from .families import class_of
 
-__all__ = ["device_of", "prepend", "rows_of", "unreadable"]
+__all__ = ["device_of", "is_sharded", "prepend", "rows_of", "unreadable"]
 
 
 _TRAINABLE = "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
@@ -28,7 +28,7 @@ def prepend(embedding: nn.Module, batch: Batch, prompt: Prompt, layout: Layout) 
     obstacle = unreadable(embedding)
     if obstacle is None:
         weight: Any = embedding.weight
-        if _is_sharded(weight):
+        if is_sharded(weight):
             warnings.warn(
                 f"the input embedding ({type(embedding).__name__}) is sharded: its table is gathered at every call",
                 stacklevel=2,
@@ -62,7 +62,7 @@ def device_of(embedding: Any) -> torch.device:
 
 def rows_of(embedding: Any, ids: Tensor) -> Any:
     """What `embedding(ids)` returns; a table that FSDP2 has sharded is gathered, by all processes at once."""
-    if _is_sharded(embedding.weight) and unreadable(embedding) is None:
+    if is_sharded(embedding.weight) and unreadable(embedding) is None:
         return F.embedding(ids, embedding.weight.full_tensor()) * embed_scale(embedding)
     return embedding(ids)
 
@@ -95,7 +95,7 @@ def unreadable(embedding: Any) -> str | None:
     if embedding.max_norm is not None:
         return f"max_norm={embedding.max_norm} renormalises rows as they are looked up"
     weight = embedding.weight
-    if type(weight) not in (nn.Parameter, Tensor) and not _is_sharded(weight):
+    if type(weight) not in (nn.Parameter, Tensor) and not is_sharded(weight):
         return f"its weight is a {type(weight).__name__}"
     if weight.device.type == "meta" or hasattr(weight, "ds_id"):
         return "its weight is not on this device as a whole"
@@ -104,8 +104,9 @@ def unreadable(embedding: Any) -> str | None:
     return None
 
 
-def _is_sharded(weight: Any) -> bool:
-    return hasattr(weight, "full_tensor")  # a DTensor's; to import its class takes long
+def is_sharded(tensor: Any) -> bool:
+    """Whether FSDP2 has parted it: a DTensor, whose class takes long to import."""
+    return hasattr(tensor, "full_tensor")
 
 
 # transformers' embeddings that multiply by `embed_scale` and do nothing else (Bart, Gemma 3, ... ).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import describe, unwrapped
-from ..models.embedding import device_of
+from ..models.embedding import device_of, is_sharded
 from ..models.info import ModelInfo
 from ..modes import Mode, mode_for
 from ..modes.flattened import as_rows
@@ -185,7 +185,11 @@ class SoftPrompt(Saving):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
-        if self.length and per_token and not torch.compiler.is_compiling():
+        if (
+            self.length
+            and per_token
+            and not (warn_of_ignored.__name__ in self._loss_found or torch.compiler.is_compiling())
+        ):
             self._of_loss(warn_of_ignored)
         if self.length == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
@@ -338,8 +342,8 @@ class SoftPrompt(Saving):
         self.info.check_images(one for one, value in options.items() if torch.is_tensor(value) and one not in own)
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
-        is_sharded = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
-        copies = None if is_sharded else copies_of_rows(self.model, options)
+        sharded = any(map(is_sharded, self.model.parameters()))
+        copies = None if sharded else copies_of_rows(self.model, options)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self.info)
