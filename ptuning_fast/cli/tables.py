@@ -168,6 +168,8 @@ def _frame(path: str, suffix: str) -> "pandas.DataFrame":
     for place, row in places:
         if not isinstance(row, dict):
             raise ValueError(f"{place} is no JSON object: it is a {type(row).__name__}")
+        if isinstance(row, _Doubled):
+            raise ValueError(f"{place} has a key twice, and the second would count: leave one of them")
     return pandas.DataFrame([row for _, row in places], dtype=object)
 
 
@@ -198,12 +200,13 @@ def _json(text: str, otherwise: str) -> Any:
         raise ValueError(f"{otherwise}: {error}") from None
 
 
+class _Doubled(dict):
+    pass
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} is in it twice")
-    return dict(pairs)
+    held = dict(pairs)
+    return held if len(held) == len(pairs) else _Doubled(held)
 
 
 def _texts(frame: "pandas.DataFrame", name: str) -> list[str]:

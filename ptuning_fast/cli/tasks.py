@@ -216,9 +216,7 @@ class Language:
             language_model, options.prompt_length, mode=options.mode, init=options.init, tokenizer=tokenizer
         ).train()
         config: Any = language_model.config.get_text_config()
-        # A model's own may be but what its class has by default, which is another token here.
-        known = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
-        self.end = next((token for token in _ends(language_model, tokenizer) if token in known), None)
+        self.end = next(iter(_ends(language_model, tokenizer)), None)
         positions = describe(language_model).max_positions or getattr(config, "max_position_embeddings", 2**31)
         self.most = min(options.max_length or 512, positions - options.prompt_length)
         if self.most < 2:
@@ -244,7 +242,7 @@ class Language:
                     "take a larger --max-length, or leave it out"
                 )
             labels = [-100] * len(before) + ids[len(before) :] if prompt else ids
-            for start in (0,) if prompt else range(0, max(len(ids) - 1, 1), most - 1):
+            for start in (0,) if prompt else range(0, max(len(ids) - 1, 1) if ids else 0, most - 1):
                 # The first label of a row is left out, as the model's loss does: the row before has it.
                 row = {"input_ids": ids[start : start + most], "labels": [-100, *labels[start + 1 : start + most]]}
                 rows.append(row | {"cut": bool(prompt) and len(ids) > most})
@@ -301,7 +299,7 @@ def _before(prompts: list[str], tokenizer: Any) -> list[list[int]]:
 
 def _added_behind(tokenizer: Any) -> int:
     """How many tokens, asked of a text that has a token, and no special one: a prompt may have none."""
-    special = {*tokenizer.all_special_ids}
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     for text in map(tokenizer.decode, range(len(tokenizer))):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids and special.isdisjoint(ids):
@@ -322,7 +320,9 @@ def _behind(prompt: str, completion: str, tokenizer: Any) -> list[int]:
     for before in (prompt, "\n", ".", "a"):
         first = ids(before) if before else []
         both = ids(before + completion)
-        if (first or not before) and both[: len(first)] == first:
+        # An unknown token may be of both: it is the same one, whatever it stands for.
+        parted = first[-1] != tokenizer.unk_token_id if first else not before
+        if parted and both[: len(first)] == first:
             return both[len(first) :]
     return ids(completion)
 
@@ -334,10 +334,13 @@ def _continued(before: list[int], new_tokens: list[int], tokenizer: Any) -> str:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that a continuation ends with: the first is the one that training appends."""
+    """The tokens that a continuation ends with: the first is the one that training appends.
+
+    What a model names may be but what its class has by default, which is an ordinary token here.
+    """
     own = model.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return [token for token in dict.fromkeys(ends) if token is not None]
+    known = [token for token in (own if isinstance(own, list) else [own]) if token in tokenizer.added_tokens_decoder]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *known]) if token is not None]
 
 
 def _packed_if_possible(encoder: Any, options: Namespace) -> str:

@@ -97,7 +97,8 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(folder) / WEIGHTS
     if path.is_file():
         return read(path)
-    said, other = f"no adapter in {folder}: there is no {WEIGHTS}", path.with_name("model.safetensors")
+    lacks = f"there is no {WEIGHTS}" if Path(folder).is_dir() else "there is no such folder"
+    said, other = f"no adapter in {folder}: {lacks}", path.with_name("model.safetensors")
     if other.is_file() and not path.with_name("config.json").is_file():
         said += (
             "; it is a Trainer's checkpoint, which the module that was trained takes: PromptedModel(model, length=...)"

@@ -38,7 +38,7 @@ def warn_of_adapter(model: Any, settings: dict[str, Any], folder: str | Path) ->
     if settings.get("with_adapter") and not has_adapter(model):
         warnings.warn(
             f"the prompt in {folder} was trained on a model with an adapter of PEFT's (LoRA), which this one has not: "
-            "load that into the model first",
+            "unless it was merged into the model, load it first",
             stacklevel=4,
         )
 

@@ -14,7 +14,7 @@ from . import adapter
 
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
-_HEADER = re.compile(r"---\n.*?^---\n", re.DOTALL | re.MULTILINE)
+_HEADER = re.compile(r"---\r?\n(.*?^---\r?\n)", re.DOTALL | re.MULTILINE)
 _BASE = re.compile(r"^base_model:.*\n(?: *- .*\n)*", re.MULTILINE)
 _OURS = re.compile(r"<!-- ptuning-fast -->\r?\n.*?<!-- end of ptuning-fast -->\r?\n", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
@@ -47,9 +47,8 @@ def _write(
             if header and before:
                 line, named = _base_line(base_model), re.search("for `(.*)`, by", before[0])
                 stale = _base_line(named[1]) if named else ""  # what we have named; another is somebody's word
-                if line or (stale and stale in header[0]):
-                    rest = _BASE.sub("", header[0], count=1).removeprefix("---\n")
-                    old = f"---\n{line}{rest}{old[header.end() :]}"
+                if line or (stale and stale.strip() in header[1]):
+                    old = f"---\n{line}{_BASE.sub('', header[1], count=1)}{old[header.end() :]}"
             text = _OURS.sub(lambda _: ours, old, count=1)
         adapter.replace(file, text.encode(errors="surrogateescape"))
 

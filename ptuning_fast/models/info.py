@@ -42,7 +42,8 @@ class ModelInfo:
         A warning where they are so many that outputs depend on the batch.
         """
         if not isinstance(input_ids, Tensor):
-            raise TypeError(f"input_ids must be a torch.Tensor, not {type(input_ids).__name__}")
+            way_out = ": give its parts, **batch" if hasattr(input_ids, "keys") else ""
+            raise TypeError(f"input_ids must be a torch.Tensor, not {type(input_ids).__name__}{way_out}")
         if input_ids.shape[:1] == (0,):
             raise ValueError("input_ids has no rows: a batch without texts has no output and no loss, so leave it out")
         most, n = self.max_positions, input_ids.shape[-1]
@@ -222,7 +223,7 @@ _RANDOM = re.compile("drop|jitter|noise")
 def _refuse(model: Any) -> None:
     name = class_of(model).__name__
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
-        raise TypeError(f"{name} is not a transformers model")
+        raise TypeError(f"a {name} is not a transformers model: load one, and give that")
     takes = inspect.signature(model.forward).parameters.keys()
     if "inputs_embeds" not in takes:
         raise TypeError(f"the forward of {name} takes no inputs_embeds, so no prompt can be prepended")

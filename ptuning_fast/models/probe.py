@@ -108,6 +108,33 @@ LENGTH, TEXTS = 3, (6, 3)  # virtual tokens, and the tokens of the two texts whe
 
 
 def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool = False) -> Outcome:
+    """`_probe` without token types, and with such where they have a part in it: whichever is further off."""
+    lengths = _lengths(model.config)
+    plain = _probe(model, serve, of_columns, lengths, None)
+    if plain.alone is None and lengths != TEXTS:  # a "block" may be all that a model takes
+        lengths = TEXTS
+        plain = _probe(model, serve, of_columns, lengths, None)
+    types = _types_of(model, max(lengths), device_of(model.get_input_embeddings()))
+    typed = plain if types is None else _probe(model, serve, of_columns, lengths, types)
+    if typed is plain or typed.alone is None:
+        return plain
+    if plain.alone is None:
+        return typed
+    alone, right, left = (_worse(one, other) for one, other in zip(plain[:3], typed[:3]))
+    return Outcome(alone, right, left, plain.error or typed.error, max(plain.most, typed.most))
+
+
+def _worse(one: float | None, other: float | None) -> float | None:
+    return max((value for value in (one, other) if value is not None), default=None)
+
+
+def _probe(
+    model: Any,
+    serve: Callable[[Prompt, Batch], Served],
+    of_columns: bool,
+    lengths: tuple[int, int],
+    types: Tensor | None,
+) -> Outcome:
     """What comes out where `serve` prepends three ordinary tokens, as vectors, to two short texts.
 
     With `of_columns` the outputs per column alone are compared (a packed row has no pooled output of each text). Of a
@@ -115,13 +142,12 @@ def probe(model: Any, serve: Callable[[Prompt, Batch], Served], of_columns: bool
     """
     table = model.get_input_embeddings()
     device, V = device_of(table), getattr(table, "num_embeddings", table.weight.shape[0])
-    lengths = _lengths(model.config)
     tokens = ordinary_tokens(model.config, V, LENGTH + max(lengths))
     first, texts = tokens[:LENGTH], [tokens[LENGTH : LENGTH + n] for n in lengths]
     errors: list[str] = []
     with quietly(model):
         try:
-            expected, dtypes, types = [], set[torch.dtype](), _types_of(model, max(lengths), device)
+            expected, dtypes = [], set[torch.dtype]()
             for text in texts:
                 ids = torch.tensor([first + text], device=device)
                 given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

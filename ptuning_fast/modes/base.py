@@ -62,7 +62,8 @@ class Mode:
         if family_of(inner) is not None:
             return False
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the input embedding")  # is said at the call itself
+            for said in ("the input embedding", "the pooler_output"):  # at the call itself
+                warnings.filterwarnings("ignore", message=said)
             found = self.probe_always(inner)
         most, name = found.most, self.info.name
         if found.alone is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..files import peft
 from ..files.checkpoint import marks_of_adapters, trained_only
-from ..models import unwrapped
+from ..models import describe, unwrapped
 from ..models.families import class_of
 from ..models.info import has_adapter
 from ..modes.flattened import FLATTENED
@@ -92,6 +92,7 @@ class PromptedModel(nn.Module):
         self, model: Any, length: int = 20, *, mode: str = "auto", prompt: SoftPrompt | None = None, **options: Any
     ):
         super().__init__()
+        describe(model)  # TypeError for what is no model
         if prompt is not None and prompt.model is not model:
             raise ValueError("prompt is for another model: give the one that it was made with")
         frozen = all(not parameter.requires_grad for parameter in model.get_input_embeddings().parameters())

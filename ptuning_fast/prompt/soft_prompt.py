@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..models import describe, unwrapped
 from ..models.embedding import device_of, is_sharded
 from ..models.info import ModelInfo
-from ..modes import Mode, mode_for
+from ..modes import MODES, Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
@@ -197,8 +197,10 @@ class SoftPrompt(Saving):
         if mode == "auto":
             of_rows = labels is not None and not (per_token and is_of_tokens(self.model))
             served = self._mode("prepend") if of_rows else self._fewest_rows(prompt, batch)
-        else:
+        elif mode in MODES:
             served = self._mode(mode)
+        else:
+            raise ValueError(f"mode must be one of auto, {', '.join(MODES)}; it is {mode!r}")
         obstacle = served.obstacle(self.model, prompt)
         if obstacle is not None:
             raise ValueError(f"mode={mode!r}: {obstacle}")

@@ -161,6 +161,8 @@ class Saving(nn.Module):
             FileNotFoundError: no adapter in `folder`.
             ValueError: an adapter of another kind, or for a model of another name, type or width.
         """
+        if isinstance(model, (str, Path)):
+            raise TypeError(f"the model comes first, and then the folder; {model!r} is given as the model")
         folder = hub.local(folder)
         saved = peft.load(folder)
         check_base(model, saved, folder, any_base)

@@ -254,7 +254,7 @@ def test_many_labels_are_named_in_short():
         (["--train-file", "{tmp}/rows.csv", "--mode", "shared"], "mode must be one of prepend, packed; it is 'shared'"),
         (["--train-file", "{tmp}/half.jsonl"], "holds half a character"),
         (["--train-file", "{tmp}/deep.jsonl"], "line 1 is no JSON"),
-        (["--train-file", "{tmp}/twice.jsonl"], "line 1 is no JSON object: 'text' is in it twice"),
+        (["--train-file", "{tmp}/twice.jsonl"], "line 1 has a key twice, and the second would count"),
         (["--train-file", "{tmp}/times.parquet"], "cannot read"),
         (["--train-file", "{tmp}/rows.csv", "--max-length", "2"], "leave no room beside the 2 that the tokenizer adds"),
         (["--train-file", "{tmp}/rows.csv", "--prompt-length", "510"], "leave no room beside the 2"),

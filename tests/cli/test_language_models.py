@@ -1,5 +1,6 @@
 """`train --task lm` and what `predict` makes of it, on a small Llama and a byte-level tokenizer."""
 
+import itertools
 import json
 import os
 import re
@@ -75,6 +76,16 @@ def test_completions_as_they_stand_behind_their_prompts():
         ids = before + tasks._behind(prompt, completion, tokenizer)
         assert tokenizer.decode(ids) == prompt + completion
     assert tasks._behind("", "Ne", tokenizer) == tokenizer("Ne")["input_ids"]
+
+
+def test_completions_behind_what_is_not_known():
+    """The words before and behind are one, and unknown: none is lost."""
+    made = Tokenizer(models.WordPiece({"[UNK]": 0, "good": 1, "bad": 2, "##bad": 3}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+    for prompt in ("good ☃", "☃", ""):
+        assert tasks._behind(prompt, "bad", tokenizer) == [2]
+    assert tasks._behind("good", "bad", tokenizer) == [3]
 
 
 def test_completions_of_a_tokenizer_to_which_a_line_ends_with_a_space():
@@ -226,6 +237,8 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
     expected = written(tokenizer.decode(ids[:place]))
     assert predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]
     settings = json.loads((tmp_path / "model/generation_config.json").read_text())
+    tokenizer.add_tokens(tokenizer.convert_ids_to_tokens(ids[1:2]))  # as an end is one of those that are added
+    tokenizer.save_pretrained(tmp_path / "model")
     for own in (ids[1], [499, ids[1]]):
         (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": own}))
         expected = written(tokenizer.decode(ids[:1]))
@@ -261,13 +274,14 @@ def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
 def test_no_token_of_a_prompt_is_lost():
     """Where a tokenizer does not know a letter, and its unknown token is the end, or it drops what it does not know."""
     letters = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
-    for unknown, single in (("<s>", "$A"), (None, "<s> $A"), (None, "<s> $A <s>"), (None, "<s> $A </s>")):
+    kinds = (("<s>", "$A"), (None, "<s> $A"), (None, "<s> $A <s>"), (None, "<s> $A </s>"))
+    for (unknown, single), named in itertools.product(kinds, (True, False)):
         made = Tokenizer(models.BPE(letters, [], unk_token=unknown))
         made.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 5)])
         eos = None if "</s>" in single else "<s>"  # an end that is a separator to the tokenizer
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, bos_token="<s>", eos_token=eos, sep_token="</s>", unk_token=unknown
-        )
+        made.add_special_tokens(["<s>", "</s>"])
+        names = {"bos_token": "<s>", "eos_token": eos, "sep_token": "</s>"} if named else {}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown, **names)
         begins = single.startswith("<s>")
         expected = [[0] * begins + [letters[letter] for letter in text] for text in ("ACGT", "")]
         assert tasks._before(["ACGT", ""], tokenizer) == expected, single

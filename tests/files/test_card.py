@@ -250,6 +250,10 @@ def test_the_base_model_is_that_of_the_last_save(tmp_path):
     assert settings_of(file.read_text())["base_model"] == "mine/llama"
     prompt_for(base="other/llama").save_pretrained(tmp_path)
     text = file.read_text().replace('base_model: "other/llama"\n', "base_model:\n  - some/llama\n  - another\n")
+    windows = before.replace("\n", "\r\n").encode()
+    file.write_bytes(windows)
+    prompt_for(base="a/third").save_pretrained(tmp_path)
+    assert settings_of(file.read_text())["base_model"] == "a/third" and b"mit\r\n" in file.read_bytes()
     file.write_bytes(f"{text}\nAs text: \xe9\n\nbase_model: mine\n- and this\n".encode("latin-1"))
     prompt_for(base="other/llama").save_pretrained(tmp_path)
     assert settings_of(file.read_text(errors="replace")) == settings

@@ -167,6 +167,28 @@ def test_token_types_that_are_in_a_mask(torch_backend):
         )
 
 
+def test_token_types_of_another_shape_are_no_obstacle(torch_backend, recwarn):
+    """TAPAS has seven a token."""
+    tapas = transformers.TapasModel(transformers.TapasConfig(**SIZES, max_position_embeddings=64)).eval()
+    SoftPrompt(tapas, 3)(*zoo.padded(zoo.texts(), "right"))
+    assert not any("could not be probed" in str(one.message) for one in recwarn)
+
+
+def test_a_block_that_is_all_that_a_model_takes(torch_backend, recwarn):
+    """nanoGPT's name for its positions: nothing stands against a packed batch."""
+
+    class Own(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
+            rows = input_ids if inputs_embeds is None else inputs_embeds
+            assert rows.shape[1] <= 40 if position_ids is None else position_ids.max() < 40
+            return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    config = zoo.build("Llama").config
+    config.block_size = 40
+    inputs = SoftPrompt(Own(config).eval(), 3)(*zoo.padded(zoo.texts(), "right"), mode="packed")
+    assert inputs["inputs_embeds"].shape[0] == 1 and not any("probed" in str(one.message) for one in recwarn)
+
+
 def test_attention_by_blocks_that_are_longer_than_a_short_text(torch_backend):
     """LongT5's global ones, of 16 tokens: padding on the left moves them."""
     sizes = {"d_model": zoo.D, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import zoo
 from transformers import AutoTokenizer
 
-from ptuning_fast import SoftPrompt, reference
+from ptuning_fast import PromptedModel, SoftPrompt, reference
 
 README = Path(__file__).parents[2] / "docs" / "models.md"
 NAMES = [
@@ -378,7 +379,7 @@ def test_arguments():
     with pytest.raises(ValueError, match="'mlp' or 'lstm'; it is 'cnn'"):
         SoftPrompt(model, 2, encoder="cnn")
     ids = torch.ones(1, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="mode must be one of prepend"):
+    with pytest.raises(ValueError, match="mode must be one of auto, prepend, packed, shared; it is"):
         SoftPrompt(model, 2)(ids, mode="fast")
     with pytest.raises(IndexError, match=r"input_ids\[0, 1\] is 99"):
         SoftPrompt(model, 2)(torch.tensor([[1, 99]]))
@@ -435,3 +436,17 @@ def test_a_copy_of_what_holds_both_is_whole(prompt_first, torch_backend):
     copied = copy.deepcopy(both)
     assert copied.prompt.model is copied.model is not model
     assert copy.deepcopy(both.prompt).model is model
+
+
+def test_what_is_given_in_the_place_of_something_else(tmp_path):
+    """What to give instead is said."""
+    model = zoo.build("Llama")
+    with pytest.raises(TypeError, match=r"not BatchEncoding: give its parts, \*\*batch"):
+        SoftPrompt(model, 2)(transformers.BatchEncoding({"input_ids": torch.ones(1, 2).long()}))
+    for make in (PromptedModel, SoftPrompt):
+        with pytest.raises(TypeError, match="a str is not a transformers model: load one"):
+            make("some/model", 2)
+    with pytest.raises(TypeError, match="the model comes first, and then the folder"):
+        SoftPrompt.from_pretrained(str(tmp_path), model)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        SoftPrompt.from_pretrained(model, tmp_path / "nowhere")
