@@ -17,8 +17,8 @@ from ..attention.by_length import groups_of
 from ..models.embedding import device_of
 from ..models.families import Family, family_of
 from ..models.info import gives_more
-from ..models.probe import quietly
 from ..models.replaced import Called, is_plain, on_the_way, with_module
+from ..models.trial import quietly
 
 __all__ = ["of_pooled_rows", "prunable"]
 

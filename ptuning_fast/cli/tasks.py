@@ -56,9 +56,10 @@ def load(kind: Any, name: str, in_adapter: bool = False, **options: Any) -> tupl
     if "attention_mask" not in tokenizer.model_input_names:  # without it, padding would be text
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     rows = model.get_input_embeddings().weight.shape[0]
-    if (
-        tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows
-    ):  # decoders' often: any does, as the mask hides it
+    known = {*tokenizer("The end, 1.", add_special_tokens=False)["input_ids"]} - {tokenizer.unk_token_id}
+    if not known:  # as transformers makes one for a folder that has none
+        raise InputError(f"the tokenizer of {name!r} knows no words: its files are missing there; save it, too")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # any does, as the mask hides it
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer of {name!r} has no padding token, which batches of texts need")

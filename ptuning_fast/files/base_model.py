@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,18 @@ def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> 
                 f"{name} of {type(model).__name__} is offloaded or sharded, and the adapter in {folder} brings its "
                 "own: load the adapter before"
             )
+    before = _HEADS.get(model)
+    if head and before not in (None, str(folder)):
+        warnings.warn(
+            f"the head of {type(model).__name__} came with the adapter in {before}, and is now that of {folder}: a "
+            "prompt that was loaded before is without its own; load each for a model of its own",
+            stacklevel=3,
+        )
     with torch.no_grad():
         for name, tensor in head.items():
             own[name].copy_(tensor)
+    if head:
+        _HEADS[model] = str(folder)
+
+
+_HEADS: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()  # the adapter that a model's head came with

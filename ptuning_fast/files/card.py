@@ -16,7 +16,7 @@ __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
 _HEADER = re.compile(r"---\r?\n(.*?^---\r?\n)", re.DOTALL | re.MULTILINE)
 _BASE = re.compile(r"^base_model:.*\n(?: *- .*\n)*", re.MULTILINE)
-_OURS = re.compile(r"<!-- ptuning-fast -->\r?\n.*?<!-- end of ptuning-fast -->\r?\n", re.DOTALL)
+_OURS = re.compile(r"<!-- ptuning-fast -->\s*\n.*?<!-- end of ptuning-fast -->[^\S\n]*(?:\n|\Z)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 

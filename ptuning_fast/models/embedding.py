@@ -11,7 +11,7 @@ from ..op import Batch, Embedded, Layout, Prompt, embed, embed_plainly
 from ..op.checks import check, raise_for_ids
 from .families import class_of
 
-__all__ = ["device_of", "is_sharded", "prepend", "rows_of", "unreadable"]
+__all__ = ["are_several", "device_of", "is_sharded", "prepend", "rows_of", "unreadable"]
 
 
 _TRAINABLE = "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
@@ -121,3 +121,8 @@ def embed_scale(embedding: Any) -> float:
         number = embedding.scalar_embed_scale if hasattr(embedding, "scalar_embed_scale") else scale.item()
         scale = torch.tensor(number, dtype=embedding.weight.dtype).item()
     return scale
+
+
+def are_several() -> bool:
+    """Whether this is one process of several, which must make each forward of a sharded model together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

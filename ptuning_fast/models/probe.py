@@ -1,11 +1,10 @@
 """The probe: what a model makes of two short texts behind a prompt, against what it makes of the same tokens as ids.
 
-It finds out what an architecture's name does not say. It leaves no trace in the model.
+It finds out what an architecture's name does not say.
 """
 
 import contextlib
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..op import Batch, Prompt
 from .embedding import device_of, rows_of
 from .families import family_of
-from .info import has_decoder
+from .trial import BELOW, call, ordinary_tokens, padded, quietly, state
 
 __all__ = [
     "Outcome",
@@ -24,66 +23,10 @@ __all__ = [
     "is_causal",
     "of_ids",
     "off_by",
-    "ordinary_tokens",
-    "padded",
     "probe",
-    "quietly",
     "takes_additive_mask",
     "tolerance",
 ]
-
-
-@contextlib.contextmanager
-def quietly(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode and nothing is differentiated; afterwards each of its modules is as it was.
-
-    That is more than its mode: some models change themselves in a forward (BigBird, given a short text, attends fully
-    from then on; rotary positions grow with what they have seen; a classifier's config keeps what kind of labels it was
-    given). One thread at a time: another would find a model that is in eval mode for the first one's sake, and leave it
-    so.
-    """
-    devices = {one.device.type for one in model.parameters()} - {"meta"} or {"cpu"}  # the former: offloaded
-    with _one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False), _put_back(model):
-        model.eval()
-        for module in model.modules():
-            config: Any = getattr(module, "config", None)
-            if getattr(config, "return_dict", True) is False:  # outputs are looked at by their names
-                config.return_dict = True
-            # In eval mode 4-bit weights are packed anew for a CPU (bitsandbytes), and have no gradient from then on.
-            module.training = any(not one.is_floating_point() for one in module.parameters(recurse=False))
-        yield
-
-
-_one_at_a_time = threading.RLock()
-
-
-@contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    modules = list(model.modules())
-    configs = {id(one): one for module in modules if hasattr(one := getattr(module, "config", None), "__dict__")}
-    before = [(vars(one), _contents(vars(one))) for one in (*modules, *configs.values())]
-    try:
-        yield
-    finally:
-        for held, contents in before:
-            for key in held.keys() - contents.keys():
-                del held[key]
-            for key, (value, items) in contents.items():
-                held[key] = value
-                if items is not None and (value.keys() != items.keys() or any(value[k] is not items[k] for k in items)):
-                    value.clear()
-                    value.update(items)
-
-
-def _contents(held: dict[str, Any]) -> dict[str, tuple[Any, dict | None]]:
-    """Each attribute of a module or config, and what is in those that are dictionaries (buffers, submodules).
-
-    But for its parameters: those of FSDP are exchanged in a forward, and it keeps the account.
-    """
-    return {
-        key: (value, dict(value) if isinstance(value, dict) and key != "_parameters" else None)
-        for key, value in held.items()
-    }
 
 
 class Served(NamedTuple):
@@ -154,7 +97,7 @@ def _probe(
                 if types is not None:
                     given["token_type_ids"] = F.pad(types[: len(text)], (LENGTH, 0))[None]
                 with _dtypes_of_outputs(model, dtypes):
-                    out = _call(model, given, ids)
+                    out = call(model, given, ids)
                 expected.append(_of_row(out, 0, slice(LENGTH, None), ids.shape[1], of_columns))
             prompt = Prompt(rows_of(table, torch.tensor(first, device=device)).float())
         except Exception as error:  # whatever a model that needs more than ids does
@@ -168,7 +111,7 @@ def _probe(
                 batch = batch._replace(token_type_ids=typed)
             try:
                 served = serve(prompt, batch)
-                out = _call(model, served.inputs, batch.input_ids)
+                out = call(model, served.inputs, batch.input_ids)
             except (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError, AttributeError) as error:
                 errors.append(str(error))
                 return None
@@ -189,7 +132,7 @@ def of_ids(model: Any) -> Tensor | None:
     with quietly(model):
         try:
             given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            return _state(_call(model, given, batch.input_ids))
+            return state(call(model, given, batch.input_ids))
         except Exception:  # whatever that may be
             return None
 
@@ -198,7 +141,7 @@ def is_causal(model: Any) -> bool:
     """Whether a token reaches later rows only: the first row's state, behind two different second tokens."""
     with quietly(model):
         ids = torch.tensor([[1, 2], [1, 3]], device=device_of(model.get_input_embeddings()))
-        first = _state(_call(model, {"input_ids": ids}, ids))[:, 0].float()
+        first = state(call(model, {"input_ids": ids}, ids))[:, 0].float()
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-6)
 
 
@@ -273,55 +216,9 @@ def _dtypes_of_outputs(model: nn.Module, found: set[torch.dtype]) -> Iterator[No
             hook.remove()
 
 
-def ordinary_tokens(config: Any, V: int, count: int) -> list[int]:
-    """`count` different ids that mean nothing special."""
-    special = {value for key, value in config.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
-    ordinary = [token for token in range(V - 1, -1, -1) if token not in special]
-    step = max(len(ordinary) // (2 * count), 1)
-    return (ordinary[len(ordinary) // 4 :: step] + ordinary)[:count]
-
-
-def padded(rows: list[list[int]], side: str, padding: int, device: torch.device) -> Batch:
-    """Texts as a batch [B, n], padded with the token `padding` on one side."""
-    n = max(map(len, rows))
-    ids, mask = torch.full((len(rows), n), padding, device=device), torch.zeros(len(rows), n, device=device).long()
-    for row, text in enumerate(rows):
-        place = slice(0, len(text)) if side == "right" else slice(n - len(text), n)
-        ids[row, place], mask[row, place] = torch.tensor(text, device=device), 1
-    return Batch(ids, mask)
-
-
-def _call(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
-    """The outputs of the model, and of what is below its head, which may not show anything (a new one is often 0)."""
-    if has_decoder(model):
-        inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
-    below, thread = [], threading.get_ident()
-
-    def keep(module: nn.Module, args: Any, out: Any) -> None:
-        if threading.get_ident() == thread:
-            below.append(out)
-
-    hook = model.base_model.register_forward_hook(keep)
-    try:
-        outputs = dict(model(**inputs).items())
-    finally:
-        hook.remove()
-    if model.base_model is not model and below and "last_hidden_state" in below[-1]:
-        outputs[_BELOW] = below[-1]["last_hidden_state"]
-    return outputs
-
-
-def _state(outputs: dict[str, Any]) -> Tensor:
-    """Of these, [B, n, d] or [B, n, V]."""
-    return outputs.get(_BELOW, outputs.get("logits", next(iter(outputs.values()))))
-
-
-_BELOW = "last_hidden_state, below the head"
-
-
 def _shared(outputs: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
     """`outputs`, but what is below the head where it is below the other's, too."""
-    return {name: value for name, value in outputs.items() if name in others or name != _BELOW}
+    return {name: value for name, value in outputs.items() if name in others or name != BELOW}
 
 
 def _of_row(out: Any, row: int, place: slice, columns: int, of_columns: bool) -> dict[str, Tensor]:

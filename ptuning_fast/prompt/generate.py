@@ -20,7 +20,8 @@ from transformers.generation import GenerationMode
 
 from ..models.embedding import device_of, prepend, rows_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.probe import off_by, ordinary_tokens, padded, quietly, tolerance
+from ..models.probe import off_by, tolerance
+from ..models.trial import ordinary_tokens, padded, quietly
 from ..op import Batch, Layout, Prompt
 
 __all__ = ["CachedPrompt", "copies_of_rows", "count_new_tokens", "generate_behind", "mask_of", "takes_ids"]

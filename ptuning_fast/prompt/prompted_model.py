@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..files import peft
 from ..files.checkpoint import marks_of_adapters, trained_only
+from ..loss.kinds import gives_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
 from ..models.info import has_adapter
 from ..modes.flattened import FLATTENED
 from .generate import count_new_tokens
-from .loss import gives_columns
 from .soft_prompt import LaidOut, SoftPrompt
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ class PromptedModel(nn.Module):
     def _is_column(self, name: str) -> bool:
         """Whether an output [B, S] has a number for each column, and not S classes or features."""
         of_columns = name in ("start_logits", "end_logits")
-        return of_columns or (name == "logits" and self.prompt._of_loss(gives_columns))
+        return of_columns or (name == "logits" and self.prompt.model_loss.find(gives_columns, self.model))
 
     def _get_name(self) -> str:
         """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""

@@ -2,39 +2,25 @@
 
 import copy
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models import describe, unwrapped
-from ..models.embedding import device_of, is_sharded
-from ..models.info import ModelInfo
+from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, is_of_tokens, warn_of_ignored
+from ..loss.model_loss import ModelLoss
+from ..models import describe
+from ..models.embedding import are_several, device_of, is_sharded
 from ..modes import MODES, Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
 from .generate import CachedPrompt, copies_of_rows, generate_behind, mask_of, takes_ids
-from .head import has_chunks, in_chunks, is_large
 from .initial import initial_prompt
-from .loss import (
-    check_counted,
-    goes_by_items,
-    has_causal_loss,
-    is_of_tokens,
-    keeps_labelled_rows,
-    last_rows,
-    on_labelled_rows,
-    predicting,
-    warn_of_ignored,
-)
 
 __all__ = ["SoftPrompt"]
-
-Found = TypeVar("Found")
 
 
 class LaidOut(NamedTuple):
@@ -90,7 +76,7 @@ class SoftPrompt(Saving):
         self.info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
-        self._loss_found: dict[str, tuple[Any, Any]] = {}  # of its loss: with which function, and what
+        self.model_loss = ModelLoss(self.info)
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
@@ -185,12 +171,9 @@ class SoftPrompt(Saving):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
-        if (
-            self.length
-            and per_token
-            and not (warn_of_ignored.__name__ in self._loss_found or torch.compiler.is_compiling())
-        ):
-            self._of_loss(warn_of_ignored)
+        asked = self.model_loss.has_found(warn_of_ignored) or torch.compiler.is_compiling()
+        if self.length and per_token and not asked:
+            self.model_loss.find(warn_of_ignored, self.model)
         if self.length == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
         prompt = Prompt(self.embeddings(), prompt_index)
@@ -254,19 +237,7 @@ class SoftPrompt(Saving):
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
         inputs |= self.items(num_items_in_batch, labels, attention_mask)
-        model, shape = self.model, inputs["inputs_embeds"].shape[:2]
-        if inputs["labels"].shape == shape:
-            keeps = self._of_loss(keeps_labelled_rows)
-            if keeps:
-                model = self._of_loss(last_rows).of(model, predicting(inputs["labels"])[1], shape[1])
-            large = is_large(model, inputs)
-            if (large or _are_several()) and self._of_loss(has_chunks) and large:  # a probe is one of all processes
-                loss = in_chunks(model, inputs)
-                if loss is not None:
-                    return loss
-            if keeps:
-                inputs = on_labelled_rows(inputs)
-        return model(**inputs).loss
+        return self.model_loss.of(self.model, inputs)
 
     def items(
         self, num_items_in_batch: Tensor | int | None, labels: Tensor | None, attention_mask: Tensor | None
@@ -286,23 +257,12 @@ class SoftPrompt(Saving):
     @property
     def has_causal_loss(self) -> bool:
         """Whether the loss of a token's label is that of the row before it."""
-        return self._of_loss(has_causal_loss)
+        return self.model_loss.find(has_causal_loss, self.model)
 
     @property
     def goes_by_items(self) -> bool:
         """Whether the model's loss is divided by `num_items_in_batch`: those of classifiers, for one, are not."""
-        return self._of_loss(goes_by_items)
-
-    def _of_loss(self, check: Callable[[Any, ModelInfo], Found]) -> Found:
-        """What `check` finds out of the model, once for each loss function, head, forward and hooks that it has."""
-        model = unwrapped(self.model)
-        hooks = *model._forward_hooks.values(), *model._forward_pre_hooks.values(), vars(model).get("forward")
-        parts = getattr(model, "loss_function", None), model.get_output_embeddings(), *hooks
-        found = self._loss_found.get(check.__name__)
-        same = found is not None and len(found[0]) == len(parts)
-        if found is None or not same or any(one is not other for one, other in zip(found[0], parts)):
-            found = self._loss_found[check.__name__] = parts, check(self.model, self.info)
-        return found[1]  # type: ignore[no-any-return]
+        return self.model_loss.find(goes_by_items, self.model)
 
     @torch.no_grad()
     def generate(
@@ -372,7 +332,7 @@ class SoftPrompt(Saving):
         m, (B, n), mask = self.length, batch.input_ids.shape, batch.attention_mask
         tokens = B * n if mask is None else int((mask != 0).sum())
         rows = {"prepend": B * (m + n), "packed": B * m + tokens, "shared": max(m - 1, 0) + B * min(m, 1) + tokens}
-        if len(self._modes) < len(rows) and _are_several():
+        if len(self._modes) < len(rows) and are_several():
             for name in rows:  # whatever rows each process has, as the probe of a sharded model is one of all
                 with suppress(TypeError, ValueError):
                     self._mode(name)
@@ -393,14 +353,10 @@ class SoftPrompt(Saving):
         # A prompt for the same model; copied as part of something else, which may hold both, for the model's copy.
         model = copy.deepcopy(self.model, memo) if memo else self.model
         copied = memo[id(self)] = type(self).__new__(type(self))
-        found: dict[str, Any] = {"_cached": None, "_loss_found": {}}  # of the model: it is found again
+        found: dict[str, Any] = {"_cached": None, "model_loss": ModelLoss(self.info)}  # of the model: it is found again
         rest = {key: value for key, value in self.__dict__.items() if key not in ("model", *found)}
         copied.__dict__.update(copy.deepcopy(rest, memo), **found, model=model)
         return copied
-
-
-def _are_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _off_padding(labels: Any, attention_mask: Any) -> Any:

@@ -258,3 +258,14 @@ def test_the_base_model_is_that_of_the_last_save(tmp_path):
     prompt_for(base="other/llama").save_pretrained(tmp_path)
     assert settings_of(file.read_text(errors="replace")) == settings
     assert file.read_bytes().endswith(b"\nAs text: \xe9\n\nbase_model: mine\n- and this\n")
+
+
+@pytest.mark.parametrize("change", [str.rstrip, lambda text: text.replace("-->\n", "-->  \n"), lambda text: text + "\n\n"])
+def test_marks_without_a_line_break_or_with_blanks_behind_them(change, tmp_path):
+    """As editors and the hub's own ModelCard leave them."""
+    prompt, file = prompt_for(), tmp_path / adapter.CARD
+    prompt.save_pretrained(tmp_path, figures={"accuracy": 0.5})
+    before = file.read_text()
+    file.write_text(change(before))
+    prompt.save_pretrained(tmp_path, figures={"accuracy": 0.9})
+    assert file.read_text().rstrip() == before.replace("0.5", "0.9").rstrip()

@@ -204,7 +204,7 @@ def test_what_may_be_otherwise_later_is_said_before_anything_is_run(torch_backen
     model = sweep.build("mixtral", KINDS["mixtral"], "sdpa")
     model.config.output_router_logits = True
     prompt = SoftPrompt(model, 3)
-    monkeypatch.setattr("ptuning_fast.models.probe._call", None)
+    monkeypatch.setattr("ptuning_fast.models.probe.call", None)
     for mode in ("packed", "shared"):
         with pytest.raises(ValueError, match="output_router_logits"):
             prompt._mode(mode)

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.embedding import device_of
 from ..models.info import ModelInfo, gives_more, unwrapped
-from ..models.probe import ordinary_tokens, quietly
 from ..models.replaced import Called, is_plain, on_the_way, with_module
-from .loss import is_of_tokens
+from ..models.trial import quietly
+from .kinds import is_of_tokens, short_text
 
 __all__ = ["has_chunks", "in_chunks", "is_large"]
 
@@ -81,8 +80,7 @@ def has_chunks(model: Any, info: ModelInfo) -> bool:
     if not is_of_tokens(model):
         return False
     inner = unwrapped(model)
-    V, device = inner.config.get_text_config().vocab_size, device_of(inner.get_input_embeddings())
-    ids = torch.tensor([ordinary_tokens(inner.config, V, 6)], device=device)
+    V, (ids, _) = inner.config.get_text_config().vocab_size, short_text(inner)
     inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == ids[0, 3], -100)}
     with quietly(inner):
         try:

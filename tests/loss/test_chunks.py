@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptuning_fast import SoftPrompt
-from ptuning_fast.prompt import head
+from ptuning_fast.loss import chunks as of_chunks
+from ptuning_fast.loss import model_loss
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 CLASSES = sweep.model_types()
@@ -21,13 +22,13 @@ ROWS = 3  # of a chunk
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(head, "LOGITS", ROWS * sweep.V)
+    monkeypatch.setattr(of_chunks, "LOGITS", ROWS * sweep.V)
 
 
 @pytest.fixture
 def chunks(monkeypatch):
     """How many rows went through a head in chunks, one entry a loss."""
-    counts, whole = [], head.in_chunks
+    counts, whole = [], of_chunks.in_chunks
 
     def counted(model, inputs, most=None):
         loss = whole(model, inputs, most)
@@ -35,7 +36,7 @@ def chunks(monkeypatch):
             counts.append(int((inputs["labels"] != -100).sum()))
         return loss
 
-    monkeypatch.setattr("ptuning_fast.prompt.soft_prompt.in_chunks", counted)
+    monkeypatch.setattr(model_loss, "in_chunks", counted)
     return counts
 
 
@@ -123,7 +124,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["auto", "prepend"])
 def test_no_more_logits_than_a_chunks(mode, monkeypatch):
     rows, V = 8, 5000
-    monkeypatch.setattr(head, "LOGITS", rows * V)
+    monkeypatch.setattr(of_chunks, "LOGITS", rows * V)
     prompt = SoftPrompt(zoo.build("Llama", vocab_size=V), zoo.M)
     ids, mask, labels = batch()
     prompt.loss(ids, mask, labels=labels, mode=mode)

@@ -10,10 +10,10 @@ import zoo
 from torch import nn
 
 from ptuning_fast import SoftPrompt
+from ptuning_fast.loss import chunks, labelled
 from ptuning_fast.models import describe
 from ptuning_fast.modes import mode_for
 from ptuning_fast.op import Prompt
-from ptuning_fast.prompt import head, loss
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 
@@ -49,7 +49,7 @@ def served(prompt, model, columns=2):
 
 
 def last_rows(prompt):
-    return loss.last_rows(prompt.model, describe(prompt.model))
+    return labelled.last_rows(prompt.model, describe(prompt.model))
 
 
 def part_of(prompt):
@@ -91,7 +91,7 @@ def test_fewer_rows(rows_seen, mode, checkpointed):
 
 def test_fewer_rows_in_chunks(rows_seen, monkeypatch):
     """As where the vocabulary is large."""
-    monkeypatch.setattr(head, "LOGITS", 2 * zoo.V)
+    monkeypatch.setattr(chunks, "LOGITS", 2 * zoo.V)
     model = zoo.build("Llama").double()
     check(model, "prepend")
     ids, mask, labels = batch()
@@ -216,7 +216,7 @@ def test_copies():
     model = zoo.build("Llama").double()
     prompt = check(model)
     copied = copy.deepcopy(prompt)
-    assert copied.model is model and copied._loss_found == {}
+    assert copied.model is model and copied.model_loss._found == {}
     again = pickle.loads(pickle.dumps(prompt))
     ids, mask, labels = batch()
     for one in (copied, again):

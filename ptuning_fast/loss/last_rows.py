@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .info import gives_more, unwrapped, what_draws
-from .probe import off_by, quietly, tolerance
-from .replaced import Called, is_plain, on_the_way, with_module
+from ..models.info import gives_more, unwrapped, what_draws
+from ..models.probe import off_by, tolerance
+from ..models.replaced import Called, is_plain, on_the_way, with_module
+from ..models.trial import quietly
 
 __all__ = ["LastRows"]
 

@@ -10,8 +10,8 @@ import zoo
 from transformers import BambaConfig, BambaForCausalLM, FunnelConfig, FunnelModel
 
 from ptuning_fast import PromptedModel, SoftPrompt
+from ptuning_fast.loss.labelled import keeps_labelled_rows
 from ptuning_fast.models import describe
-from ptuning_fast.prompt.loss import keeps_labelled_rows
 
 CLASSES = sweep.model_types()
 CAUSAL = ["llama", "qwen3", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "opt", "mixtral", "olmo2"]

@@ -1,0 +1,1 @@
+"""A model's own loss: of which kind it is, and on labelled rows alone, in chunks."""

@@ -1,0 +1,53 @@
+"""A model's own loss on a batch that is laid out behind a prompt, by as little work as gives the same."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ..models.embedding import are_several
+from ..models.info import ModelInfo, unwrapped
+from .chunks import has_chunks, in_chunks, is_large
+from .labelled import keeps_labelled_rows, last_rows, on_labelled_rows, predicting
+
+__all__ = ["ModelLoss"]
+
+Found = TypeVar("Found")
+
+
+class ModelLoss:
+    """It keeps what has been found out of a model's loss, and does not hold the model."""
+
+    def __init__(self, info: ModelInfo):
+        self.info = info
+        self._found: dict[str, tuple[Any, Any]] = {}  # by which check: with which parts of the model, and what
+
+    def find(self, check: Callable[[Any, ModelInfo], Found], model: Any) -> Found:
+        """What `check` finds out of the model, once for each loss function, head, forward and hooks that it has."""
+        inner = unwrapped(model)
+        hooks = *inner._forward_hooks.values(), *inner._forward_pre_hooks.values(), vars(inner).get("forward")
+        parts = getattr(inner, "loss_function", None), inner.get_output_embeddings(), *hooks
+        found = self._found.get(check.__name__)
+        same = found is not None and len(found[0]) == len(parts)
+        if found is None or not same or any(one is not other for one, other in zip(found[0], parts)):
+            found = self._found[check.__name__] = parts, check(model, self.info)
+        return found[1]  # type: ignore[no-any-return]
+
+    def has_found(self, check: Callable[[Any, ModelInfo], Any]) -> bool:
+        return check.__name__ in self._found
+
+    def of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """`model(**inputs).loss`, a scalar; where labels are one per column, on the rows alone that predict one."""
+        shape = inputs["inputs_embeds"].shape[:2]
+        if inputs["labels"].shape != shape:
+            return model(**inputs).loss
+        keeps = self.find(keeps_labelled_rows, model)
+        called = model
+        if keeps:
+            called = self.find(last_rows, model).of(model, predicting(inputs["labels"])[1], shape[1])
+        large = is_large(model, inputs)
+        if (large or are_several()) and self.find(has_chunks, model) and large:  # a probe is one of all processes
+            loss = in_chunks(called, inputs)
+            if loss is not None:
+                return loss
+        return called(**(on_labelled_rows(inputs) if keeps else inputs)).loss

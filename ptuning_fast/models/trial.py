@@ -1,0 +1,113 @@
+"""A model called on trial: with a few ordinary tokens, in eval mode, and with no trace left in it."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..op import Batch
+from .info import has_decoder
+
+__all__ = ["BELOW", "call", "ordinary_tokens", "padded", "quietly", "state"]
+
+
+@contextlib.contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode and nothing is differentiated; afterwards each of its modules is as it was.
+
+    That is more than its mode: some models change themselves in a forward (BigBird, given a short text, attends fully
+    from then on; rotary positions grow with what they have seen; a classifier's config keeps what kind of labels it was
+    given). One thread at a time: another would find a model that is in eval mode for the first one's sake, and leave it
+    so.
+    """
+    devices = {one.device.type for one in model.parameters()} - {"meta"} or {"cpu"}  # the former: offloaded
+    with _one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False), _put_back(model):
+        model.eval()
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "return_dict", True) is False:  # outputs are looked at by their names
+                config.return_dict = True
+            # In eval mode 4-bit weights are packed anew for a CPU (bitsandbytes), and have no gradient from then on.
+            module.training = any(not one.is_floating_point() for one in module.parameters(recurse=False))
+        yield
+
+
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    modules = list(model.modules())
+    configs = {id(one): one for module in modules if hasattr(one := getattr(module, "config", None), "__dict__")}
+    before = [(vars(one), _contents(vars(one))) for one in (*modules, *configs.values())]
+    try:
+        yield
+    finally:
+        for held, contents in before:
+            for key in held.keys() - contents.keys():
+                del held[key]
+            for key, (value, items) in contents.items():
+                held[key] = value
+                if items is not None and (value.keys() != items.keys() or any(value[k] is not items[k] for k in items)):
+                    value.clear()
+                    value.update(items)
+
+
+def _contents(held: dict[str, Any]) -> dict[str, tuple[Any, dict | None]]:
+    """Each attribute of a module or config, and what is in those that are dictionaries (buffers, submodules).
+
+    But for its parameters: those of FSDP are exchanged in a forward, and it keeps the account.
+    """
+    return {
+        key: (value, dict(value) if isinstance(value, dict) and key != "_parameters" else None)
+        for key, value in held.items()
+    }
+
+
+def ordinary_tokens(config: Any, V: int, count: int) -> list[int]:
+    """`count` different ids that mean nothing special."""
+    special = {value for key, value in config.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
+    ordinary = [token for token in range(V - 1, -1, -1) if token not in special]
+    step = max(len(ordinary) // (2 * count), 1)
+    return (ordinary[len(ordinary) // 4 :: step] + ordinary)[:count]
+
+
+def padded(rows: list[list[int]], side: str, padding: int, device: torch.device) -> Batch:
+    """Texts as a batch [B, n], padded with the token `padding` on one side."""
+    n = max(map(len, rows))
+    ids, mask = torch.full((len(rows), n), padding, device=device), torch.zeros(len(rows), n, device=device).long()
+    for row, text in enumerate(rows):
+        place = slice(0, len(text)) if side == "right" else slice(n - len(text), n)
+        ids[row, place], mask[row, place] = torch.tensor(text, device=device), 1
+    return Batch(ids, mask)
+
+
+def call(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """The outputs of the model, and of what is below its head, which may not show anything (a new one is often 0)."""
+    if has_decoder(model):
+        inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
+    below, thread = [], threading.get_ident()
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() == thread:
+            below.append(out)
+
+    hook = model.base_model.register_forward_hook(keep)
+    try:
+        outputs = dict(model(**inputs).items())
+    finally:
+        hook.remove()
+    if model.base_model is not model and below and "last_hidden_state" in below[-1]:
+        outputs[BELOW] = below[-1]["last_hidden_state"]
+    return outputs
+
+
+def state(outputs: dict[str, Any]) -> Tensor:
+    """Of these, [B, n, d] or [B, n, V]."""
+    return outputs.get(BELOW, outputs.get("logits", next(iter(outputs.values()))))
+
+
+BELOW = "last_hidden_state, below the head"
