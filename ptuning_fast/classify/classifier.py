@@ -284,7 +284,7 @@ class FastPTuning(nn.Module):
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
         whole = adapter.whole(tensors)
         if adapter.is_first(tensors.values()):
-            adapter.save(folder, whole, settings)
+            classifier_files.save(folder, whole, settings)
             card.write_classifier(folder, settings, figures)
 
     def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:

@@ -4,14 +4,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import adapter
+from . import adapter, peft
 
-__all__ = ["SETTINGS", "TENSORS", "load"]
+__all__ = ["SETTINGS", "TENSORS", "load", "save"]
 
 TENSORS = ("prompt_embeddings", "classifier.weight", "classifier.bias")
 SETTINGS = ("prompt_length", "num_labels", "pooling", "mode", "id2label", "max_length")
 """Arguments of FastPTuning that are kept, beside the encoder's name and kind."""
 _NEEDED = ("base_model_name_or_path", "prompt_length", "num_labels", "pooling", "mode")
+
+
+def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None:
+    """`adapter.save`; of a bank of prompts that was saved here before PEFT finds nothing any more."""
+    adapter.check_others(Path(folder))
+    peft.remove_bank(Path(folder), 0, peft.bank_size(Path(folder)))
+    adapter.save(folder, tensors, settings)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..models.info import is_a, unwrapped
 from . import adapter
 
-__all__ = ["Saved", "head_of", "load", "peft_config", "save", "task_of"]
+__all__ = ["Saved", "bank_size", "head_of", "load", "peft_config", "remove_bank", "save", "task_of"]
 
 OURS = "ptuning_fast."
 FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
@@ -113,10 +113,10 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
         tensors |= {OURS + name: tensor for name, tensor in saved.parameters.items()}
     content = adapter.as_bytes(tensors, {"config": saved.config} | saved.settings)
     with adapter.saving(folder):
-        before = _bank_size(folder)
+        before = bank_size(folder)
         for number in range(len(rows) if bank else 0):
             _check_place(folder / str(number), number < before)
-        _remove_bank(folder, len(rows) if bank else 0, before)  # first, as its size is in the file
+        remove_bank(folder, len(rows) if bank else 0, before)  # first, as its size is in the file
         adapter.replace(folder / adapter.WEIGHTS, content)
         if bank:  # PEFT knows a folder of an adapter by its settings
             (folder / adapter.CONFIG).unlink(missing_ok=True)
@@ -201,7 +201,7 @@ def _is_encoder(settings: Any, most: int) -> bool:
     return settings.get("kind") in ("mlp", "lstm") and whole and hidden**2 <= most and layers <= most and rate
 
 
-def _bank_size(folder: Path) -> int:
+def bank_size(folder: Path) -> int:
     """How many prompts the bank has that was saved here before; 0 where there is none."""
     for name in (adapter.WEIGHTS, FIRST_VERSION):
         try:
@@ -221,7 +221,7 @@ def _check_place(folder: Path, is_ours: bool) -> None:
         )
 
 
-def _remove_bank(folder: Path, first: int, end: int) -> None:
+def remove_bank(folder: Path, first: int, end: int) -> None:
     """The adapters of prompts `first` to `end` of a bank that was saved here before; nothing else in their folders."""
     for number in range(first, end):
         place = folder / str(number)

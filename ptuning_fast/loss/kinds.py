@@ -54,7 +54,21 @@ def is_of_tokens(model: Any) -> bool:
     """Whether the loss is a mean over labelled tokens, as transformers' own are; of any other nothing is known."""
     inner = unwrapped(model)
     function = getattr(inner, "loss_function", None)
-    return _is_transformers_own(inner) and getattr(function, "__module__", "").startswith("transformers.loss.")
+    hooks = [
+        hook for one in (model, inner) for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())
+    ]
+    if not all(getattr(hook, "__module__", "").startswith("torch.") for hook in hooks):  # those may be FSDP's
+        return False
+    return _is_transformers_own(inner) and _is_written_in(function, "transformers.loss.")
+
+
+def _is_written_in(function: Any, package: str) -> bool:
+    """Whether a function, and each that it is put around, is; `functools.wraps` gives another's `__module__`."""
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(package):
+            return False
+        function = vars(function).get("__wrapped__")
+    return True
 
 
 def _is_transformers_own(inner: Any) -> bool:
@@ -62,7 +76,7 @@ def _is_transformers_own(inner: Any) -> bool:
 
     Accelerate's, for offloading and autocast, call the one that they replace.
     """
-    if not type(inner).forward.__module__.startswith("transformers."):
+    if not _is_written_in(type(inner).forward, "transformers."):
         return False
     if "forward" not in vars(inner):
         return True

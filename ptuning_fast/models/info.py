@@ -224,6 +224,10 @@ def _refuse(model: Any) -> None:
     name = class_of(model).__name__
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
         raise TypeError(f"a {name} is not a transformers model: load one, and give that")
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        raise TypeError(f"{name} has no table of token embeddings, before whose rows a prompt could stand") from None
     takes = inspect.signature(model.forward).parameters.keys()
     if "inputs_embeds" not in takes:
         raise TypeError(f"the forward of {name} takes no inputs_embeds, so no prompt can be prepended")

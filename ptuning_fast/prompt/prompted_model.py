@@ -126,7 +126,8 @@ class PromptedModel(nn.Module):
     ) -> "ModelOutput":
         """The model's outputs, without rows for virtual tokens: `logits` are [B, n, V].
 
-        Those on padding mean nothing, but in the column before a text with padding on its left: they predict its first
+        What a mixture of experts says of its routers is that of all rows, virtual tokens' among them. Logits on padding
+        mean nothing, but in the column before a text with padding on its left: they predict its first
         token.
 
         The label in the first column counts for nothing, as in the model's own loss, and as Trainer and TRL count

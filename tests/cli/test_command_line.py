@@ -483,6 +483,19 @@ def test_a_batch_that_cannot_be_split(rows, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("kind", ["BertModel", "GPT2LMHeadModel"])
+def test_a_model_without_its_tokenizer(rows, kind, tmp_path, capsys):
+    """For which transformers makes a tokenizer that knows no words."""
+    model, file = str(tmp_path / "model"), write(tmp_path / "rows.csv", rows)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, kind).config_class
+    getattr(transformers, kind)(config(vocab_size=99, **sizes)).save_pretrained(model)
+    task = ["--task", "lm", "--text-column", "text"] if "LM" in kind else []
+    assert main(["train", "--train-file", file, "--model", model, "--output", str(tmp_path / "adapter"), *task]) == 2
+    assert "knows no words: its files are missing there" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     """Folder of a small Llama with a tokenizer of its own, which has no padding token, as decoders' often have none."""

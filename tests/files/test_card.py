@@ -260,7 +260,9 @@ def test_the_base_model_is_that_of_the_last_save(tmp_path):
     assert file.read_bytes().endswith(b"\nAs text: \xe9\n\nbase_model: mine\n- and this\n")
 
 
-@pytest.mark.parametrize("change", [str.rstrip, lambda text: text.replace("-->\n", "-->  \n"), lambda text: text + "\n\n"])
+@pytest.mark.parametrize(
+    "change", [str.rstrip, lambda text: text.replace("-->\n", "-->  \n"), lambda text: text + "\n\n"]
+)
 def test_marks_without_a_line_break_or_with_blanks_behind_them(change, tmp_path):
     """As editors and the hub's own ModelCard leave them."""
     prompt, file = prompt_for(), tmp_path / adapter.CARD

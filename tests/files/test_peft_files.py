@@ -290,6 +290,28 @@ def test_another_head(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_the_heads_of_two_adapters(tmp_path):
+    """A model has one head: that of the first is gone, and somebody says so; the same again says nothing."""
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for seed, folder in enumerate(folders):
+        trained = build("SEQ_CLS")
+        trained.classifier.weight.data += seed
+        SoftPrompt(trained, zoo.M).save_pretrained(folder)
+    model = build("SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            SoftPrompt.from_pretrained(model, folders[0])
+    with pytest.warns(UserWarning, match=r"came with the adapter in .*one, and is now that of .*other"):
+        SoftPrompt.from_pretrained(model, folders[1])
+
+
+def test_a_classifier_in_the_place_of_a_bank(tmp_path):
+    SoftPrompt(zoo.build("BERT"), zoo.M, num_prompts=2).save_pretrained(tmp_path)
+    FastPTuning(zoo.build("BERT"), 3).save_pretrained(tmp_path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["README.md", adapter.CONFIG, adapter.WEIGHTS]
+
+
 def test_saved_while_training(tmp_path):
     """Without the dropout of the step that happens to be: what eval mode gives."""
     prompt = SoftPrompt(zoo.build("Llama"), zoo.M, encoder="lstm", encoder_dropout=0.5).train()

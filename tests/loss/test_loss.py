@@ -1,6 +1,8 @@
 """SoftPrompt.loss: the model's own loss, in the mode with the fewest rows, with the head on labelled rows alone."""
 
+import functools
 import inspect
+from argparse import Namespace
 
 import pytest
 import sweep
@@ -240,6 +242,57 @@ def test_losses_that_do_not_go_by_the_number_of_items_say_so(name, kind, torch_b
     prompt.loss(ids, mask, labels=labels)
     with pytest.raises(ValueError, match=f"the loss of {kind} does not go by num_items_in_batch"):
         prompt.loss(ids, mask, labels=labels, num_items_in_batch=7)
+
+
+def of_texts(out, labels):
+    """The mean over texts, not over tokens; [B, S, V] logits have the label of the next column."""
+    losses = F.cross_entropy(out.logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
+    return (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+
+def by_a_class(model):
+    """`functools.wraps` hands on the module that the forward says it is of."""
+
+    class Mine(type(model)):
+        @functools.wraps(type(model).forward)
+        def forward(self, *args, labels=None, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.loss = None if labels is None else of_texts(out, labels)
+            return out
+
+    model.__class__ = Mine
+
+
+def by_a_hook(model):
+    def hook(module, args, kwargs, out):
+        if kwargs.get("labels") is not None:
+            out.loss = of_texts(out, kwargs["labels"])
+        return out
+
+    model.register_forward_hook(hook, with_kwargs=True)
+
+
+def by_a_function(model):
+    whole = model.loss_function
+
+    @functools.wraps(whole)
+    def mine(logits, labels, vocab_size, **kwargs):
+        return of_texts(Namespace(logits=logits), labels)
+
+    model.loss_function = mine
+
+
+@pytest.mark.parametrize("change", [by_a_class, by_a_hook, by_a_function])
+def test_what_looks_like_the_models_own_loss_and_is_not(change, torch_backend):
+    ids, mask, _ = batch("last")
+    labels = ids.masked_fill(mask == 0, -100)
+    model = build("llama")
+    change(model)
+    prompt = SoftPrompt(model, 3)
+    padded = model(**prompt(ids, mask, labels=labels, mode="prepend"))
+    expected = gradients(prompt, of_texts(padded, F.pad(labels, (3, 0), value=-100)))
+    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
+    assert_same(gradients(prompt, model(**prompt(ids, mask, labels=labels, mode="auto")).loss), expected)
 
 
 def test_losses_that_weigh_tokens_or_rows(torch_backend):
