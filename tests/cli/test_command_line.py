@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from transformers import AutoModel, AutoTokenizer
 
 from ptuning_fast import FastPTuning
