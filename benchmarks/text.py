@@ -4,7 +4,7 @@ from random import Random
 
 import torch
 
-from ptuning_fast.cli.tables import stdlib_docstrings
+from ptuning_fast.texts.docstrings import stdlib_docstrings
 
 __all__ = ["docstring_batches", "encoder_folder"]
 

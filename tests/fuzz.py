@@ -36,9 +36,9 @@ import pyarrow.parquet
 import zoo
 
 from ptuning_fast import FastPTuning, SoftPrompt, prepend_prompt, reference
-from ptuning_fast.cli import tables
 from ptuning_fast.files import adapter
 from ptuning_fast.op import functional
+from ptuning_fast.texts import tables
 
 ERRORS = (
     ("op", (ValueError, TypeError, IndexError)),

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ptuning_fast"
 
 # Each package imports from those before it alone. A new package gets its place here.
 ORDER = ["kernels", "op", "attention", "models", "modes", "files", "serving", "loss", "prompt", "classify"]
-ORDER += ["reference", "cli"]
+ORDER += ["reference", "texts", "cli"]
 
 
 def imports(file, package):

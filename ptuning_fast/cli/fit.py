@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .tables import InputError
+from ..texts.tables import InputError
 
 __all__ = ["last_checkpoint", "trainer_of"]
 

@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a label that a terminal has no letters for is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    from ..texts.tables import InputError
     from . import predict, train
-    from .tables import InputError
 
     try:
         (train if options.command == "train" else predict).run(options)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import adapter
-from .tables import InputError
+from ..texts.tables import InputError
 
 try:
     import fcntl

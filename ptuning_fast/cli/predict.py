@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..files import adapter
-from .tables import InputError, lines_of, named_columns, read_texts, without_columns
+from ..texts.tables import InputError, lines_of, named_columns, read_texts, without_columns
 from .tasks import ADAPTERS, check_options
 
 __all__ = ["run"]

@@ -32,7 +32,9 @@ from ..models.probe import is_causal
 from ..modes import mode_for
 from ..prompt.prompted_model import PromptedModel
 from ..prompt.soft_prompt import SoftPrompt
-from .tables import InputError, named_columns, read_labelled, read_pairs, stdlib_docstrings, without_columns
+from ..texts import tokens
+from ..texts.docstrings import stdlib_docstrings
+from ..texts.tables import InputError, named_columns, read_labelled, read_pairs, without_columns
 
 __all__ = ["ADAPTERS", "DEMO", "TASKS", "Pairs", "Row", "check_options", "spelled"]
 
@@ -217,7 +219,7 @@ class Language:
             language_model, options.prompt_length, mode=options.mode, init=options.init, tokenizer=tokenizer
         ).train()
         config: Any = language_model.config.get_text_config()
-        self.end = next(iter(_ends(language_model, tokenizer)), None)
+        self.end = next(iter(tokens.ends(language_model, tokenizer)), None)
         positions = describe(language_model).max_positions or getattr(config, "max_position_embeddings", 2**31)
         self.most = min(options.max_length or 512, positions - options.prompt_length)
         if self.most < 2:
@@ -235,8 +237,8 @@ class Language:
         most = self.most
         end = [] if self.end is None else [self.end]
         rows: list[Row] = []
-        for place, (prompt, completion, before) in enumerate(zip(*pairs, _before(pairs[0], tokenizer)), 1):
-            ids = before + _behind(prompt, completion, tokenizer) + end
+        for place, (prompt, completion, before) in enumerate(zip(*pairs, tokens.before(pairs[0], tokenizer)), 1):
+            ids = before + tokens.behind(prompt, completion, tokenizer) + end
             if prompt and len(before) >= most:
                 raise InputError(
                     f"row {place}: its prompt has {len(before)} tokens, and {most} are all that is taken of a row: "
@@ -271,7 +273,7 @@ class Language:
     @staticmethod
     def predicted(model: Any, tokenizer: Any, texts: list[str], options: Namespace) -> tuple[list[str], int]:
         """What the model goes on with behind each text, "\\n" written as a backslash and an n; none is cut."""
-        rows = [{"input_ids": ids} for ids in _before(texts, tokenizer)]
+        rows = [{"input_ids": ids} for ids in tokens.before(texts, tokenizer)]
         batch: Any = transformers.DataCollatorWithPadding(tokenizer)(rows)
         batch = batch.to(model.device)
         given = batch["input_ids"], batch["attention_mask"]
@@ -284,64 +286,12 @@ class Language:
                 f"for the {most} positions of the model: leave it out, or take a smaller --max-new-tokens"
             )
         options_ = {"max_new_tokens": new, "pad_token_id": tokenizer.pad_token_id, "return_dict_in_generate": False}
-        ends = _ends(model.prompt.model, tokenizer)
+        ends = tokens.ends(model.prompt.model, tokenizer)
         options_ |= {"num_beams": 1, "num_return_sequences": 1, "eos_token_id": ends or None}
         out = model.prompt.generate(*given, do_sample=False, **options_).tolist()
         new_tokens = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in out]
-        texts = [_continued(row["input_ids"], ids, tokenizer) for row, ids in zip(rows, new_tokens)]
+        texts = [tokens.continued(row["input_ids"], ids, tokenizer) for row, ids in zip(rows, new_tokens)]
         return [text.replace("\r\n", "\r").replace("\n", "\\n") for text in texts], 0
-
-
-def _before(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    """The tokens of each text that is to be continued: without the end that some tokenizers add."""
-    behind = _added_behind(tokenizer)
-    return [list(ids[: len(ids) - behind]) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
-
-
-def _added_behind(tokenizer: Any) -> int:
-    """How many tokens, asked of a text that has a token, and no special one: a prompt may have none."""
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    for text in map(tokenizer.decode, range(len(tokenizer))):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids and special.isdisjoint(ids):
-            whole = tokenizer(text)["input_ids"]
-            return next((end for end in range(len(whole)) if whole[: len(whole) - end][-len(ids) :] == ids), 0)
-    return 0
-
-
-def _behind(prompt: str, completion: str, tokenizer: Any) -> list[int]:
-    """The tokens of a completion as they stand behind its prompt; where a token is of both, behind another text.
-
-    By itself, some tokenizers would put a space before it (Llama 2's).
-    """
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    for before in (prompt, "\n", ".", "a"):
-        first = ids(before) if before else []
-        both = ids(before + completion)
-        # An unknown token may be of both: it is the same one, whatever it stands for.
-        parted = first[-1] != tokenizer.unk_token_id if first else not before
-        if parted and both[: len(first)] == first:
-            return both[len(first) :]
-    return ids(completion)
-
-
-def _continued(before: list[int], new_tokens: list[int], tokenizer: Any) -> str:
-    """The text of new tokens, as it stands behind that of those before: decoded alone, it may lose a space."""
-    first, whole = (str(tokenizer.decode(ids)) for ids in (before, [*before, *new_tokens]))
-    return whole.removeprefix(first) if whole.startswith(first) else str(tokenizer.decode(new_tokens))
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that a continuation ends with: the first is the one that training appends.
-
-    What a model names may be but what its class has by default, which is an ordinary token here.
-    """
-    own = model.generation_config.eos_token_id
-    known = [token for token in (own if isinstance(own, list) else [own]) if token in tokenizer.added_tokens_decoder]
-    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *known]) if token is not None]
 
 
 def _packed_if_possible(encoder: Any, options: Namespace) -> str:

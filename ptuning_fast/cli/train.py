@@ -17,8 +17,8 @@ from ..classify.classifier import FastPTuning
 from ..classify.precision import DTYPES
 from ..classify.reference import ReferencePTuning
 from ..models.info import has_adapter
+from ..texts.tables import InputError
 from .output import begin, checkpoints_of, claimed, clear, may_fail
-from .tables import InputError
 from .tasks import DEMO, TASKS, Row, check_options, spelled
 
 __all__ = ["run"]

@@ -22,8 +22,8 @@ import zoo
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 
 from ptuning_fast import FastPTuning
-from ptuning_fast.cli.tables import PACKAGES, stdlib_docstrings
 from ptuning_fast.files import adapter
+from ptuning_fast.texts.docstrings import PACKAGES, stdlib_docstrings
 
 STEPS_BETWEEN_KILLS, STEPS_BETWEEN_CHECKPOINTS = 12, 3
 MOST_DONE_AGAIN = 2 * STEPS_BETWEEN_CHECKPOINTS + 2

@@ -12,7 +12,7 @@ import sys
 import torch
 from transformers import AutoTokenizer
 
-from ptuning_fast.cli.tables import stdlib_docstrings
+from ptuning_fast.texts.docstrings import stdlib_docstrings
 from ptuning_fast.reference import ReferencePTuning as PTuning
 
 folder = sys.argv[1]

@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from ptuning_fast import FastPTuning
 from ptuning_fast.attention import varlen
-from ptuning_fast.cli.tables import stdlib_docstrings
 from ptuning_fast.reference import ReferencePTuning
+from ptuning_fast.texts.docstrings import stdlib_docstrings
 
 pytestmark = pytest.mark.usefixtures("torch_backend", "no_dropout")
 

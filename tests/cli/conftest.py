@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ptuning_fast.cli.tables import stdlib_docstrings
+from ptuning_fast.texts.docstrings import stdlib_docstrings
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
-from ptuning_fast.cli import fit, tables, tasks
+from ptuning_fast.cli import fit, tasks
 from ptuning_fast.cli.main import main, parser
 from ptuning_fast.files import adapter
 from ptuning_fast.op import functional
+from ptuning_fast.texts import tables, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def test_rows_of_prompts_and_completions(language_model, pairs_file, rows):
         assert not row["cut"]
     lm.most = len(tokenizer(given[0][0])["input_ids"]) + 1
     assert lm.rows(([given[0][0]], ["a long completion"]), tokenizer)[0]["cut"]
-    with pytest.raises(tasks.InputError, match=r"row 1: its prompt has .* take a larger --max-length"):
+    with pytest.raises(tables.InputError, match=r"row 1: its prompt has .* take a larger --max-length"):
         lm.rows(([given[0][0] + " more"], ["x"]), tokenizer)
 
 
@@ -73,9 +74,9 @@ def test_completions_as_they_stand_behind_their_prompts():
     for prompt, completion in (("Ne", "w"), ("New", " York"), ("2 + 2 =", " 4"), ("2 + 2 = ", "4"), ("Newl", "y")):
         completion = completion.replace("Y", "y")
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids = before + tasks._behind(prompt, completion, tokenizer)
+        ids = before + tokens.behind(prompt, completion, tokenizer)
         assert tokenizer.decode(ids) == prompt + completion
-    assert tasks._behind("", "Ne", tokenizer) == tokenizer("Ne")["input_ids"]
+    assert tokens.behind("", "Ne", tokenizer) == tokenizer("Ne")["input_ids"]
 
 
 def test_completions_behind_what_is_not_known():
@@ -84,8 +85,8 @@ def test_completions_behind_what_is_not_known():
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
     for prompt in ("good ☃", "☃", ""):
-        assert tasks._behind(prompt, "bad", tokenizer) == [2]
-    assert tasks._behind("good", "bad", tokenizer) == [3]
+        assert tokens.behind(prompt, "bad", tokenizer) == [2]
+    assert tokens.behind("good", "bad", tokenizer) == [3]
 
 
 def test_completions_of_a_tokenizer_to_which_a_line_ends_with_a_space():
@@ -97,7 +98,7 @@ def test_completions_of_a_tokenizer_to_which_a_line_ends_with_a_space():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
     before = tokenizer("ab", add_special_tokens=False)["input_ids"]
     assert tokenizer("abcd", add_special_tokens=False)["input_ids"][: len(before)] != before
-    assert tokenizer.decode(before + tasks._behind("ab", "cd", tokenizer)) == "abcd"
+    assert tokenizer.decode(before + tokens.behind("ab", "cd", tokenizer)) == "abcd"
 
 
 def test_a_text_ends_as_the_model_does(language_model, pairs_file, tmp_path):
@@ -251,7 +252,7 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
 def test_a_continuation_is_one_line(untrained, tmp_path, capsys, monkeypatch):
     breaks = ["a\r\n\nb", "\rc\n\r", "d\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029e"]
     texts = iter(breaks)
-    monkeypatch.setattr("ptuning_fast.cli.tasks._continued", lambda *args: next(texts))
+    monkeypatch.setattr("ptuning_fast.texts.tokens.continued", lambda *args: next(texts))
     lines = predicted(untrained[0], "1\n2\n3", capsys, "--max-new-tokens", "1")
     assert lines == ["a \\nb", " c\\n ", "d        e"] == [written(text) for text in breaks]
 
@@ -268,7 +269,7 @@ def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
     assert predicted(folder, "\n".join(texts), capsys, "--max-new-tokens", "5") == expected
     begins = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])  # OPT's, whose end is its beginning
     tokenizer.backend_tokenizer.post_processor = begins
-    assert [ids[0] for ids in tasks._before(["", "Parse it"], tokenizer)] == [0, 0]
+    assert [ids[0] for ids in tokens.before(["", "Parse it"], tokenizer)] == [0, 0]
 
 
 def test_no_token_of_a_prompt_is_lost():
@@ -284,7 +285,7 @@ def test_no_token_of_a_prompt_is_lost():
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown, **names)
         begins = single.startswith("<s>")
         expected = [[0] * begins + [letters[letter] for letter in text] for text in ("ACGT", "")]
-        assert tasks._before(["ACGT", ""], tokenizer) == expected, single
+        assert tokens.before(["ACGT", ""], tokenizer) == expected, single
 
 
 def test_special_tokens_and_spaces_that_were_learned_are_written(untrained, tmp_path, capsys, monkeypatch):

@@ -1,8 +1,6 @@
-"""Texts: of CSV, TSV, JSON, Parquet or plain text files, read and checked; and such as every Python brings."""
+"""Texts of CSV, TSV, JSON, Parquet or plain text files, read and checked."""
 
-import ast
 import csv
-import importlib.util
 import io
 import json
 import re
@@ -15,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["PACKAGES", "InputError", "lines_of", "named_columns", "read_labelled", "read_pairs", "read_texts"]
-__all__ += ["stdlib_docstrings", "without_columns"]
+__all__ = ["InputError", "lines_of", "named_columns", "read_labelled", "read_pairs", "read_texts", "without_columns"]
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TABLES = (*SEPARATORS, ".jsonl", ".json", ".ndjson", ".parquet", ".pq")
@@ -222,31 +219,3 @@ def _texts(frame: "pandas.DataFrame", name: str) -> list[str]:
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
             raise ValueError(f"row {row} of column {name!r} holds half a character (a lone surrogate)")
     return [str(value) for value in frame[name]]
-
-
-PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "xml", "http", "decimal")
-
-
-def stdlib_docstrings() -> tuple[list[str], list[str]]:
-    """Texts and labels: each distinct docstring of a module, class or function, and the package that it comes from.
-
-    The source files are parsed, not imported. About 2,000 texts, a few more or fewer with each Python version, always
-    in the same order.
-    """
-    texts, labels = [], []
-    for package in PACKAGES:
-        # decimal.py only chooses between a C and a Python implementation; the Python one has the docstrings.
-        spec = importlib.util.find_spec("_pydecimal" if package == "decimal" else package)
-        assert spec is not None and spec.origin is not None
-        origin = Path(spec.origin)
-        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-        seen = set()
-        for file in files:
-            for node in ast.walk(ast.parse(file.read_bytes())):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    text = ast.get_docstring(node)
-                    if text and text not in seen:
-                        seen.add(text)
-                        texts.append(text)
-                        labels.append(package)
-    return texts, labels
