@@ -15,7 +15,6 @@ from . import adapter
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
 _HEADER = re.compile(r"---\r?\n(.*?^---\r?\n)", re.DOTALL | re.MULTILINE)
-_BASE = re.compile(r"^base_model:.*\n(?: *- .*\n)*", re.MULTILINE)
 _OURS = re.compile(r"<!-- ptuning-fast -->\s*\n.*?<!-- end of ptuning-fast -->[^\S\n]*(?:\n|\Z)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
@@ -45,12 +44,19 @@ def _write(
         else:
             ours, header, before = text, _HEADER.match(old), _OURS.search(old)
             if header and before:
-                line, named = _base_line(base_model), re.search("for `(.*)`, by", before[0])
-                stale = _base_line(named[1]) if named else ""  # what we have named; another is somebody's word
-                if line or (stale and stale.strip() in header[1]):
-                    old = f"---\n{line}{_BASE.sub('', header[1], count=1)}{old[header.end() :]}"
+                named = re.search("for `(.*)`, by", before[0])
+                old = f"---\n{_with_base(header[1], named[1] if named else '', base_model)}{old[header.end() :]}"
             text = _OURS.sub(lambda _: ours, old, count=1)
         adapter.replace(file, text.encode(errors="surrogateescape"))
+
+
+def _with_base(header: str, old: str, new: str) -> str:
+    """The hub's settings with another base model, where the old one stands there; what else does is somebody's word."""
+    line = _base_line(new)
+    if not _base_line(old):  # none was written
+        return header if re.search("^base_model", header, re.MULTILINE) else line + header
+    spelled = rf"^base_model: *(['\"]?){re.escape(old)}\1[ \t]*\r?\n"
+    return re.sub(spelled, lambda _: line, header, count=1, flags=re.MULTILINE)
 
 
 def _cell(value: Any) -> str:

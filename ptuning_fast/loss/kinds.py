@@ -18,6 +18,7 @@ __all__ = [
     "goes_by_items",
     "has_causal_loss",
     "is_of_tokens",
+    "picks_by_mask",
     "short_text",
     "warn_of_ignored",
 ]
@@ -97,6 +98,24 @@ def goes_by_items(model: Any, info: ModelInfo) -> bool:
         except Exception:  # whatever a loss makes of arguments that it does not know
             return False
     return one != two and one == one
+
+
+def picks_by_mask(model: Any, info: ModelInfo) -> bool:
+    """Whether the loss leaves out labels where the mask is 0, as XLM-RoBERTa-XL's for tokens: it reads a mask [B, n].
+
+    A packed batch has none, and not one of its labels would count.
+    """
+    inner = unwrapped(model)
+    ids, _ = short_text(inner)
+    last = torch.arange(ids.shape[1], device=ids.device)[None] == ids.shape[1] - 1
+    given = {"input_ids": ids, "attention_mask": (~last).long()}
+    labels = torch.zeros_like(ids)
+    with quietly(inner):
+        try:
+            one, two = (inner(**given, labels=some).loss.item() for some in (labels, labels.masked_fill(last, -100)))
+        except Exception:  # whatever a model that needs more than ids does
+            return False
+    return one == two
 
 
 def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, is_of_tokens, warn_of_ignored
+from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, is_of_tokens, picks_by_mask, warn_of_ignored
 from ..loss.model_loss import ModelLoss
 from ..models import describe
 from ..models.embedding import are_several, device_of, is_sharded
@@ -178,12 +178,19 @@ class SoftPrompt(Saving):
             batch = batch._replace(labels=_without_first(batch))
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
-            of_rows = labels is not None and not (per_token and is_of_tokens(self.model))
+            of_rows = (labels is not None and not (per_token and is_of_tokens(self.model))) or self._picks_by_mask(
+                batch
+            )
             served = self._mode("prepend") if of_rows else self._fewest_rows(prompt, batch)
         elif mode in MODES:
             served = self._mode(mode)
         else:
             raise ValueError(f"mode must be one of auto, {', '.join(MODES)}; it is {mode!r}")
+        if served.packed and self._picks_by_mask(batch):
+            raise ValueError(
+                f"mode={mode!r}: the loss of {info.name} picks labels by attention_mask, which a packed batch has not: "
+                "take mode='prepend', or compute it from the logits"
+            )
         obstacle = served.obstacle(self.model, prompt)
         if obstacle is not None:
             raise ValueError(f"mode={mode!r}: {obstacle}")
@@ -315,6 +322,10 @@ class SoftPrompt(Saving):
         if not input_ids.shape[1] or self.info.has_decoder or not takes_ids(self.model, options):
             return self.model.generate(**inputs, **options)
         return generate_behind(self.model, input_ids, inputs, options)
+
+    def _picks_by_mask(self, batch: Batch) -> bool:
+        known = self.model_loss.has_found(picks_by_mask) or not torch.compiler.is_compiling()
+        return batch.labels is not None and known and self.model_loss.find(picks_by_mask, self.model)
 
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:

@@ -117,6 +117,8 @@ def test_refusals():
         FastPTuning(base("BERT"), 0, mode="packed")
     with pytest.raises(ValueError, match="precision must be None, 'bf16' or 'fp16'; it is 'int8'"):
         FastPTuning(base("BERT"), 3, precision="int8")
+    with pytest.raises(ValueError, match=r"is in torch.bfloat16, and precision='fp16' is for one in fp32: load"):
+        FastPTuning(base("BERT").to(torch.bfloat16), 3, precision="fp16")
 
 
 @pytest.mark.parametrize("prune", [False, True])

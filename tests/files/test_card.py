@@ -238,25 +238,31 @@ def test_the_base_model_is_that_of_the_last_save(tmp_path):
     prompt_for(base="other/llama").save_pretrained(tmp_path)
     settings = settings_of(file.read_text())
     assert settings["base_model"] == "other/llama" and settings["license"] == "mit"
-    for others in ("", "base_model:\n- some/llama\n"):
-        file.write_text(file.read_text().replace('base_model: "other/llama"\n', others))
-        prompt_for(base="other/llama").save_pretrained(tmp_path)
-        assert settings_of(file.read_text()) == settings
     before = file.read_text()
+    for spelled in ("other/llama", "'other/llama'  "):  # as the hub's own ModelCard, or somebody, may write it
+        file.write_text(before.replace('"other/llama"', spelled))
+        prompt_for(base="third/llama").save_pretrained(tmp_path)
+        assert settings_of(file.read_text()) == settings | {"base_model": "third/llama"}
+    lists = ("base_model: [org/base,\n  org/other]\n", "base_model:\n# c\n- a/b\n\n- c/d\n", "base_model: >-\n  a/b\n")
+    for others in ("", "base_model: c/d # mine\n", *lists):
+        file.write_text(before.replace('base_model: "other/llama"\n', others))
+        expected = settings_of(file.read_text())
+        for base in ("other/llama", "third/llama", str(tmp_path)):
+            prompt_for(base=base).save_pretrained(tmp_path)
+            assert settings_of(file.read_text()) == expected
+    file.write_text(before)
     prompt_for(base=str(tmp_path)).save_pretrained(tmp_path)
     assert settings_of(file.read_text()) == {key: one for key, one in settings.items() if key != "base_model"}
-    file.write_text(before.replace('"other/llama"', '"mine/llama"'))
-    prompt_for(base=str(tmp_path)).save_pretrained(tmp_path)
-    assert settings_of(file.read_text())["base_model"] == "mine/llama"
     prompt_for(base="other/llama").save_pretrained(tmp_path)
-    text = file.read_text().replace('base_model: "other/llama"\n', "base_model:\n  - some/llama\n  - another\n")
+    assert settings_of(file.read_text()) == settings
+    text = before.replace('base_model: "other/llama"\n', "base_model:\n  - some/llama\n  - another\n")
     windows = before.replace("\n", "\r\n").encode()
     file.write_bytes(windows)
     prompt_for(base="a/third").save_pretrained(tmp_path)
     assert settings_of(file.read_text())["base_model"] == "a/third" and b"mit\r\n" in file.read_bytes()
     file.write_bytes(f"{text}\nAs text: \xe9\n\nbase_model: mine\n- and this\n".encode("latin-1"))
     prompt_for(base="other/llama").save_pretrained(tmp_path)
-    assert settings_of(file.read_text(errors="replace")) == settings
+    assert settings_of(file.read_text(errors="replace"))["base_model"] == ["some/llama", "another"]
     assert file.read_bytes().endswith(b"\nAs text: \xe9\n\nbase_model: mine\n- and this\n")
 
 

@@ -8,6 +8,7 @@ import pytest
 import sweep
 import torch
 import torch.nn.functional as F
+import transformers
 import zoo
 from transformers import BambaConfig, BambaForCausalLM, FunnelConfig, FunnelModel
 
@@ -293,6 +294,21 @@ def test_what_looks_like_the_models_own_loss_and_is_not(change, torch_backend):
     expected = gradients(prompt, of_texts(padded, F.pad(labels, (3, 0), value=-100)))
     assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
     assert_same(gradients(prompt, model(**prompt(ids, mask, labels=labels, mode="auto")).loss), expected)
+
+
+def test_a_loss_that_picks_its_labels_by_the_mask(torch_backend):
+    """Not one of them would count in a packed batch."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.XLMRobertaXLConfig(vocab_size=zoo.V, num_labels=3, **sizes)
+    model = transformers.XLMRobertaXLForTokenClassification(config).eval().requires_grad_(False)
+    ids, mask, _ = batch("last")
+    labels = (ids % 3).masked_fill(mask == 0, -100)
+    prompt = SoftPrompt(model, 3)
+    expected = gradients(prompt, model(**prompt(ids, mask, labels=labels)).loss)
+    assert expected[1].abs().max() > 0
+    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
+    with pytest.raises(ValueError, match="picks labels by attention_mask, which a packed batch has not"):
+        prompt.loss(ids, mask, labels=labels, mode="packed")
 
 
 def test_losses_that_weigh_tokens_or_rows(torch_backend):
