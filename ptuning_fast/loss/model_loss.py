@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..models.embedding import are_several
@@ -33,8 +34,11 @@ class ModelLoss:
             found = self._found[check.__name__] = parts, check(model, self.info)
         return found[1]  # type: ignore[no-any-return]
 
-    def has_found(self, check: Callable[[Any, ModelInfo], Any]) -> bool:
-        return check.__name__ in self._found
+    def known(self, check: Callable[[Any, ModelInfo], Found], model: Any, otherwise: Found) -> Found:
+        """`find`; under torch.compile, which cannot trace a probe, `otherwise` where nothing was found before."""
+        if torch.compiler.is_compiling() and check.__name__ not in self._found:
+            return otherwise
+        return self.find(check, model)
 
     def of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """`model(**inputs).loss`, a scalar; where labels are one per column, on the rows alone that predict one."""

@@ -171,22 +171,20 @@ class SoftPrompt(Saving):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
-        asked = self.model_loss.has_found(warn_of_ignored) or torch.compiler.is_compiling()
-        if self.length and per_token and not asked:
-            self.model_loss.find(warn_of_ignored, self.model)
+        if self.length and per_token:
+            self.model_loss.known(warn_of_ignored, self.model, None)
+        by_mask = per_token and self.model_loss.known(picks_by_mask, self.model, False)
         if self.length == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
-            of_rows = (labels is not None and not (per_token and is_of_tokens(self.model))) or self._picks_by_mask(
-                batch
-            )
-            served = self._mode("prepend") if of_rows else self._fewest_rows(prompt, batch)
+            of_tokens = labels is None or (per_token and not by_mask and is_of_tokens(self.model))
+            served = self._fewest_rows(prompt, batch) if of_tokens else self._mode("prepend")
         elif mode in MODES:
             served = self._mode(mode)
         else:
             raise ValueError(f"mode must be one of auto, {', '.join(MODES)}; it is {mode!r}")
-        if served.packed and self._picks_by_mask(batch):
+        if served.packed and by_mask:
             raise ValueError(
                 f"mode={mode!r}: the loss of {info.name} picks labels by attention_mask, which a packed batch has not: "
                 "take mode='prepend', or compute it from the logits"
@@ -322,10 +320,6 @@ class SoftPrompt(Saving):
         if not input_ids.shape[1] or self.info.has_decoder or not takes_ids(self.model, options):
             return self.model.generate(**inputs, **options)
         return generate_behind(self.model, input_ids, inputs, options)
-
-    def _picks_by_mask(self, batch: Batch) -> bool:
-        known = self.model_loss.has_found(picks_by_mask) or not torch.compiler.is_compiling()
-        return batch.labels is not None and known and self.model_loss.find(picks_by_mask, self.model)
 
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:
