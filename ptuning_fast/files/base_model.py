@@ -1,6 +1,7 @@
 """The model that an adapter was trained on, and the one that it is loaded for."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +13,7 @@ from ..models.embedding import is_sharded
 from ..models.info import has_adapter, unwrapped
 from .peft import Saved
 
-__all__ = ["check_base", "load_head", "same_name", "warn_of_adapter"]
+__all__ = ["check_base", "load_head", "same_name", "warn_of_adapter", "warn_of_rounding"]
 
 
 def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = False) -> None:
@@ -69,6 +70,7 @@ def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> 
                 f"{name} of {type(model).__name__} is offloaded or sharded, and the adapter in {folder} brings its "
                 "own: load the adapter before"
             )
+    warn_of_rounding(own, head, folder)
     before = _HEADS.get(model)
     if head and before not in (None, str(folder)):
         warnings.warn(
@@ -81,6 +83,17 @@ def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> 
             own[name].copy_(tensor)
     if head:
         _HEADS[model] = str(folder)
+
+
+def warn_of_rounding(own: Mapping[str, Tensor], saved: dict[str, Tensor], folder: str | Path) -> None:
+    """A warning where one of `saved` is not kept as it is in the parameter of that name that it is copied into."""
+    rounded = [name for name, one in saved.items() if not torch.equal(one.to(own[name].dtype).to(one.dtype), one)]
+    if rounded:
+        kept, dtype = own[rounded[0]].dtype, saved[rounded[0]].dtype
+        warnings.warn(
+            f"{rounded[0]} in {folder} is {dtype}, and is rounded to the {kept} of the model that it is loaded into",
+            stacklevel=4,
+        )
 
 
 _HEADS: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()  # the adapter that a model's head came with

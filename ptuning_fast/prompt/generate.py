@@ -24,11 +24,19 @@ from ..models.probe import off_by, tolerance
 from ..models.trial import ordinary_tokens, padded, quietly
 from ..op import Batch, Layout, Prompt
 
-__all__ = ["CachedPrompt", "copies_of_rows", "count_new_tokens", "generate_behind", "mask_of", "takes_ids"]
+__all__ = [
+    "CachedPrompt",
+    "check_chunks",
+    "copies_of_rows",
+    "count_new_tokens",
+    "generate_behind",
+    "mask_of",
+    "takes_ids",
+]
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 # Of generate's options those that change the cache, and those beside its config that concern decoding alone.
-_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
 _COLUMNS = ("output_hidden_states", "output_attentions")  # which have the prompt's
 _DECODING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "synced_gpus")
 
@@ -93,6 +101,9 @@ def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:
 
 def _settings(model: Any, options: dict[str, Any]) -> Any:
     """What generate goes by: its options, then the caller's GenerationConfig, then the model's."""
+    if getattr(model, "generation_config", None) is None:
+        name = type(unwrapped(model)).__name__
+        raise TypeError(f"{name} generates nothing: load the model with a class that does, as AutoModelForCausalLM")
     settings = copy.copy(model.generation_config)
     for given in (vars(options.get("generation_config") or settings), options):
         known = {name: value for name, value in given.items() if value is not None and hasattr(settings, name)}
@@ -100,11 +111,18 @@ def _settings(model: Any, options: dict[str, Any]) -> Any:
     return settings
 
 
+def check_chunks(model: Any, options: dict[str, Any]) -> None:
+    """ValueError for a prefill in chunks, which transformers cuts out of ids alone."""
+    size = _settings(model, options).prefill_chunk_size
+    if size:
+        raise ValueError(f"prefill_chunk_size={size} is for ids, and a prompt is given as embeddings: leave it out")
+
+
 def takes_ids(model: Any, options: dict[str, Any]) -> bool:
     """Whether `model.generate(**options)` decodes by itself: with an assistant it would count the ids as its cache."""
     settings = _settings(model, options)
     alone = settings.get_generation_mode(options.get("assistant_model")) in _ALONE
-    return alone and not settings.prefill_chunk_size and options.get("custom_generate") is None
+    return alone and options.get("custom_generate") is None
 
 
 _ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)

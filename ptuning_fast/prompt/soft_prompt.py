@@ -17,7 +17,7 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
-from .generate import CachedPrompt, copies_of_rows, generate_behind, mask_of, takes_ids
+from .generate import CachedPrompt, check_chunks, copies_of_rows, generate_behind, mask_of, takes_ids
 from .initial import initial_prompt
 
 __all__ = ["SoftPrompt"]
@@ -283,7 +283,7 @@ class SoftPrompt(Saving):
         """What `model.generate(**self(input_ids, attention_mask), **options)` returns: new tokens only.
 
         But that penalties and whatever else reads the tokens so far see those of the text, too (not where an assistant
-        drafts, or the prompt is prefilled in chunks).
+        drafts).
 
         A causal model's keys and values of the prompt are computed once for the batch, not in every row. Where that
         would not be the same (padding on the left with sliding windows, a bank, token types, dropout, another cache, a
@@ -295,7 +295,13 @@ class SoftPrompt(Saving):
             keep_prompt: keep the prompt's keys and values for the next call, until the prompt changes. It is your word
                 that the model does not: weights that were changed, adapters and hooks cannot be noticed.
             options: `generate`'s own.
+
+        Raises:
+            TypeError: a model that generates nothing.
+            ValueError: what `forward` raises; `prefill_chunk_size`, which `model.generate` takes for ids alone.
         """
+        if not self.info.has_decoder:
+            check_chunks(self.model, options)
         if attention_mask is None and torch.is_tensor(input_ids) and not self.info.has_decoder:
             attention_mask = mask_of(self.model, input_ids, options)
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)

@@ -306,6 +306,22 @@ def test_the_heads_of_two_adapters(tmp_path):
         SoftPrompt.from_pretrained(model, folders[1])
 
 
+def test_what_is_rounded_at_load(tmp_path):
+    """A head or a classifier of more digits than the model that it is loaded for: somebody says so."""
+    trained = build("SEQ_CLS")
+    trained.classifier.double().weight.data += 1e-12
+    SoftPrompt(trained, zoo.M).save_pretrained(tmp_path / "head")
+    with pytest.warns(
+        UserWarning, match=r"classifier.weight in .* is torch.float64, and is rounded to the torch.float32"
+    ):
+        SoftPrompt.from_pretrained(build("SEQ_CLS"), tmp_path / "head")
+    fast = FastPTuning(zoo.build("BERT"), 3).double()
+    fast.prompt_embeddings.data += 1e-12
+    fast.save_pretrained(tmp_path / "fast")
+    with pytest.warns(UserWarning, match=r"prompt_embeddings in .* is rounded to the torch.float32"):
+        FastPTuning.from_pretrained(tmp_path / "fast", zoo.build("BERT"))
+
+
 def test_a_classifier_in_the_place_of_a_bank(tmp_path):
     SoftPrompt(zoo.build("BERT"), zoo.M, num_prompts=2).save_pretrained(tmp_path)
     FastPTuning(zoo.build("BERT"), 3).save_pretrained(tmp_path)

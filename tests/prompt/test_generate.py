@@ -8,7 +8,7 @@ import torch
 import transformers
 import zoo
 
-from ptuning_fast import SoftPrompt
+from ptuning_fast import PromptedModel, SoftPrompt
 from ptuning_fast.prompt.generate import takes_ids
 
 CAUSAL = ["GPT-2", "OPT", "Llama", "Qwen2", "Mistral", "Phi", "Gemma", "Gemma 2", "Gemma 3", "Bloom"]
@@ -108,8 +108,26 @@ def test_assistants_are_as_without_ids(sample, torch_backend):
         found.append(call(max_new_tokens=12, **options))
     assert torch.equal(*found)
     assert not takes_ids(model, options) and takes_ids(model, {"do_sample": True})
-    assert not takes_ids(model, {"assistant_model": model}) and not takes_ids(model, {"prefill_chunk_size": 4})
+    assert not takes_ids(model, {"assistant_model": model})
     assert not takes_ids(model, {"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=2)})
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_prefill_in_chunks_is_refused(own, torch_backend):
+    model = zoo.build("Llama")
+    options = {"prefill_chunk_size": 2}
+    if own:
+        model.generation_config.prefill_chunk_size = options.pop("prefill_chunk_size")
+    for one in (SoftPrompt(model, zoo.M), PromptedModel(model, zoo.M)):
+        with pytest.raises(ValueError, match="prefill_chunk_size=2 is for ids"):
+            one.generate(torch.tensor([[5, 6, 7]]), **options)
+
+
+def test_a_model_that_generates_nothing(torch_backend):
+    model = transformers.BertModel(zoo.build("BERT").config)
+    for one in (SoftPrompt(model, zoo.M), PromptedModel(model, zoo.M)):
+        with pytest.raises(TypeError, match="BertModel generates nothing"):
+            one.generate(torch.tensor([[5, 6, 7]]))
 
 
 def test_the_prompt_runs_once_for_a_batch_and_nothing_is_kept(torch_backend):
