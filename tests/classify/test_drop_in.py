@@ -25,7 +25,7 @@ optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]
 model.eval()  # no dropout, so that the curves can be compared
 for step in range(6):
     rows = torch.randint(len(texts), (8,)).tolist()
-    batch = tokenizer([texts[row][:300] for row in rows], padding=True, return_tensors="pt")
+    batch = tokenizer([texts[row][:120] for row in rows], padding=True, return_tensors="pt")
     targets = torch.tensor([names.index(labels[row]) for row in rows])
     loss = torch.nn.functional.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), targets)
     optimizer.zero_grad()
