@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.embedding import device_of
 from ..models.info import ModelInfo, unwrapped
@@ -17,6 +17,7 @@ __all__ = [
     "gives_columns",
     "goes_by_items",
     "has_causal_loss",
+    "hooks_of",
     "is_of_tokens",
     "picks_by_mask",
     "short_text",
@@ -55,12 +56,16 @@ def is_of_tokens(model: Any) -> bool:
     """Whether the loss is a mean over labelled tokens, as transformers' own are; of any other nothing is known."""
     inner = unwrapped(model)
     function = getattr(inner, "loss_function", None)
-    hooks = [
-        hook for one in (model, inner) for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())
-    ]
+    head = inner.get_output_embeddings()
+    hooks = [*hooks_of(model), *hooks_of(inner), *(hooks_of(head) if isinstance(head, nn.Module) else ())]
     if not all(getattr(hook, "__module__", "").startswith("torch.") for hook in hooks):  # those may be FSDP's
         return False
     return _is_transformers_own(inner) and _is_written_in(function, "transformers.loss.")
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Those of its forward."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def _is_written_in(function: Any, package: str) -> bool:

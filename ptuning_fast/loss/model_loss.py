@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.embedding import are_several
 from ..models.info import ModelInfo, unwrapped
 from .chunks import has_chunks, in_chunks, is_large
+from .kinds import hooks_of
 from .labelled import keeps_labelled_rows, last_rows, on_labelled_rows, predicting
 
 __all__ = ["ModelLoss"]
@@ -21,13 +22,15 @@ class ModelLoss:
 
     def __init__(self, info: ModelInfo):
         self.info = info
-        self._found: dict[str, tuple[Any, Any]] = {}  # by which check: with which parts of the model, and what
+        self._found: dict[str, tuple[list[Any], Any]] = {}  # by which check: with which parts of the model, and what
 
     def find(self, check: Callable[[Any, ModelInfo], Found], model: Any) -> Found:
-        """What `check` finds out of the model, once for each loss function, head, forward and hooks that it has."""
+        """What `check` finds out of the model, once for each loss function, head, forwards and hooks that it has."""
         inner = unwrapped(model)
-        hooks = *inner._forward_hooks.values(), *inner._forward_pre_hooks.values(), vars(inner).get("forward")
-        parts = getattr(inner, "loss_function", None), inner.get_output_embeddings(), *hooks
+        head = inner.get_output_embeddings()
+        parts = [getattr(inner, "loss_function", None), head, type(inner).forward]
+        for one in (inner, head) if isinstance(head, nn.Module) else (inner,):
+            parts += [vars(one).get("forward"), *hooks_of(one)]
         found = self._found.get(check.__name__)
         same = found is not None and len(found[0]) == len(parts)
         if found is None or not same or any(one is not other for one, other in zip(found[0], parts)):

@@ -252,6 +252,32 @@ def test_losses_of_ones_own(chunks):
     assert len(chunks) == 1
 
 
+@pytest.mark.parametrize("change", ["its class", "the forward of its class", "a hook on its head"])
+def test_a_model_that_is_changed_between_two_calls(chunks, monkeypatch, change):
+    model = build("llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask, labels = batch()
+    prompt.loss(ids, mask, labels=labels)
+    kind, forward = type(model), type(model).forward
+
+    @functools.wraps(forward)
+    def own(self, *args, labels=None, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.loss = out.logits.square().mean()
+        return out
+
+    if change == "its class":
+        model.__class__ = type(kind.__name__, (kind,), {"forward": own, "__module__": kind.__module__})
+    elif change == "the forward of its class":
+        monkeypatch.setattr(kind, "forward", own)
+    else:
+        model.lm_head.register_forward_hook(lambda module, args, logits: logits - logits.mean(1, keepdim=True))
+    expected = model(**prompt(ids, mask, labels=labels)).loss
+    for mode in ("prepend", "auto"):
+        torch.testing.assert_close(prompt.loss(ids, mask, labels=labels, mode=mode), expected)
+    assert len(chunks) == 1
+
+
 def test_a_model_is_as_it_was_and_threads_may_share_it(chunks):
     model = build("llama")
     before = [(module, dict(vars(module))) for module in model.modules()]
