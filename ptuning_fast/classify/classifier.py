@@ -284,8 +284,9 @@ class FastPTuning(nn.Module):
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
         whole = adapter.whole(tensors)
         if adapter.is_first(tensors.values()):
-            classifier_files.save(folder, whole, settings)
-            card.write_classifier(folder, settings, figures)
+            with adapter.saving(Path(folder)):
+                classifier_files.save(folder, whole, settings)
+                card.write_classifier(folder, settings, figures)
 
     def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes to the hub, as `SoftPrompt.push_to_hub` does."""

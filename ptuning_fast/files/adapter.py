@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ except ImportError:  # Windows
 __all__ = [
     "CARD",
     "CONFIG",
+    "UNFINISHED",
     "WEIGHTS",
     "as_bytes",
     "check_others",
@@ -43,6 +46,8 @@ __all__ += ["is_first", "read", "replace", "save", "saving", "whole"]
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
+UNFINISHED = ".unfinished."
+"""Before a random name: what is made in a folder, to be moved into place."""
 _LOADED_BY = {
     "FastPTuning": "FastPTuning.from_pretrained",
     "PROMPT_TUNING": "SoftPrompt.from_pretrained",
@@ -73,23 +78,31 @@ def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None
 def saving(folder: Path) -> Iterator[None]:
     """`folder`, made if it is not there, for one save at a time; what killed ones left under other names is removed.
 
-    Other saves wait, in this process and elsewhere. The system ends the lock with its process, so nothing that is
-    removed is still being written. Where a folder cannot be locked (Windows, some network file systems) saves do not
-    wait, and leftovers stay.
+    Other saves wait, in this process and elsewhere; one that is part of this one does not. The system ends the lock
+    with its process, so nothing that is removed is still being written. Where a folder cannot be locked (Windows, some
+    network file systems) saves do not wait, and leftovers stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    key, held = folder.resolve(), vars(_held).setdefault("folders", [])
+    if fcntl is None or key in held:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
+    held.append(key)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
             for leftover in (one for name in (WEIGHTS, CONFIG, CARD) for one in folder.glob(f".{name}.{_RANDOM}")):
                 leftover.unlink(missing_ok=True)
+            for leftover in folder.glob(f"{UNFINISHED}{_RANDOM}"):
+                shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
+        held.remove(key)
         os.close(handle)
+
+
+_held = threading.local()  # `folders` that this thread has locked
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -1,6 +1,7 @@
 """The model card: README.md of a saved folder, as the hub shows it.
 
-What is ours stands between two marks and is written anew with each save; a README.md without them is left as it is.
+What is ours stands between two marks and is written anew with each save, as is the title above, unless somebody has
+changed it; a README.md without the marks is left as it is.
 """
 
 import json
@@ -15,7 +16,13 @@ from . import adapter
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
 _HEADER = re.compile(r"---\r?\n(.*?^---\r?\n)", re.DOTALL | re.MULTILINE)
-_OURS = re.compile(r"<!-- ptuning-fast -->\s*\n.*?<!-- end of ptuning-fast -->[^\S\n]*(?:\n|\Z)", re.DOTALL)
+_KINDS = {
+    "prompt": "A soft prompt",
+    "classifier": "A text classifier: a soft prompt and a head",
+    "merged": "A model with a soft prompt in its vocabulary",
+}
+_TITLE = rf"(?P<title># (?:{'|'.join(_KINDS.values())})\s*\n\s*)?"
+_OURS = re.compile(rf"{_TITLE}<!-- ptuning-fast -->\s*\n.*?<!-- end of ptuning-fast -->[^\S\n]*(?:\n|\Z)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -46,7 +53,7 @@ def _write(
             if header and before:
                 named = re.search("for `(.*)`, by", before[0])
                 old = f"---\n{_with_base(header[1], named[1] if named else '', base_model)}{old[header.end() :]}"
-            text = _OURS.sub(lambda _: ours, old, count=1)
+            text = _OURS.sub(lambda found: f"# {kind}\n\n{ours}" if found["title"] else ours, old, count=1)
         adapter.replace(file, text.encode(errors="surrogateescape"))
 
 
@@ -87,7 +94,7 @@ output = model(**prompt(input_ids, attention_mask))
 """
     if settings["num_prompts"] is None:
         code += '\n# or: peft.PeftModel.from_pretrained(model, "path/to/this/folder")\n'
-    _write(folder, "A soft prompt", base, facts, code, figures)
+    _write(folder, _KINDS["prompt"], base, facts, code, figures)
 
 
 def write_classifier(folder: str | Path, settings: dict[str, Any], figures: dict[str, Any] | None) -> None:
@@ -109,7 +116,7 @@ model = FastPTuning.from_pretrained("path/to/this/folder"{encoder})  # or its na
 tokenizer = AutoTokenizer.from_pretrained(model.bert.name_or_path)
 logits = model(**tokenizer(["a text"], truncation=True, max_length={length}, return_tensors="pt"))
 """
-    _write(folder, "A text classifier: a soft prompt and a head", base, facts, code, figures)
+    _write(folder, _KINDS["classifier"], base, facts, code, figures)
 
 
 def write_merged(folder: Path, model: Any, strings: dict[str, str], length: int, bank: bool) -> None:
@@ -126,7 +133,7 @@ output = model(**tokenizer("a text", return_tensors="pt"))
     facts = {"virtual tokens": length, "prompts": ", ".join(strings), "made with": f"ptuning-fast {__version__}"}
     facts |= {f"`{name}` as a string": f"`{string}`" for name, string in strings.items()}
     base = str(getattr(model.config, "_name_or_path", "") or "")
-    _write(folder, "A model with a soft prompt in its vocabulary", base, facts, code, None)
+    _write(folder, _KINDS["merged"], base, facts, code, None)
 
 
 def _header(base_model: str) -> str:

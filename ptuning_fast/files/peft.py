@@ -230,7 +230,7 @@ def remove_bank(folder: Path, first: int, end: int) -> None:
                 for name in (adapter.WEIGHTS, adapter.CONFIG):
                     (place / name).unlink(missing_ok=True)
                 if not any(place.iterdir()):
-                    place.rmdir()
+                    place.unlink() if place.is_symlink() else place.rmdir()
 
 
 def _of_first_version(folder: Path) -> Saved | None:

@@ -22,6 +22,7 @@ __all__ = [
     "picks_by_mask",
     "short_text",
     "warn_of_ignored",
+    "warn_of_own",
 ]
 
 
@@ -59,6 +60,8 @@ def is_of_tokens(model: Any) -> bool:
     head = inner.get_output_embeddings()
     hooks = [*hooks_of(model), *hooks_of(inner), *(hooks_of(head) if isinstance(head, nn.Module) else ())]
     if not all(getattr(hook, "__module__", "").startswith("torch.") for hook in hooks):  # those may be FSDP's
+        return False
+    if isinstance(head, nn.Module) and "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # Accelerate's
         return False
     return _is_transformers_own(inner) and _is_written_in(function, "transformers.loss.")
 
@@ -158,6 +161,16 @@ def warn_of_ignored(model: Any, info: ModelInfo) -> None:
         warnings.warn(
             f"the loss of {info.name} counts rows whose label is -100, and so those of virtual tokens: compute it from "
             "the logits of the tokens",
+            stacklevel=2,
+        )
+
+
+def warn_of_own(model: Any, info: ModelInfo) -> None:
+    """A warning where nothing is known of the loss that a packed batch, which is one row, is given to."""
+    if not is_of_tokens(model):
+        warnings.warn(
+            f"the loss of {info.name} is not transformers' own, or a hook is on the model or its head: where it weighs "
+            "rows or columns it comes out otherwise in a packed batch, which is one row; mode='auto' is exact",
             stacklevel=2,
         )
 

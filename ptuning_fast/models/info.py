@@ -230,7 +230,10 @@ def _refuse(model: Any) -> None:
         raise TypeError(f"{name} has no table of token embeddings, before whose rows a prompt could stand") from None
     takes = inspect.signature(model.forward).parameters.keys()
     if "inputs_embeds" not in takes:
-        raise TypeError(f"the forward of {name} takes no inputs_embeds, so no prompt can be prepended")
+        raise TypeError(
+            f"the forward of {name} takes no inputs_embeds, so no prompt can be prepended (one that is put around "
+            "another says what that takes by functools.wraps)"
+        )
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
         raise TypeError(
             f"{name} embeds its tokens anew in every layer and needs their input_ids for that; a prompt has none"

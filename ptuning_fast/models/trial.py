@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..op import Batch
 from .info import has_decoder
 
-__all__ = ["BELOW", "call", "ordinary_tokens", "padded", "quietly", "state"]
+__all__ = ["BELOW", "call", "one_at_a_time", "ordinary_tokens", "padded", "quietly", "state"]
 
 
 @contextlib.contextmanager
@@ -21,10 +21,10 @@ def quietly(model: nn.Module) -> Iterator[None]:
     That is more than its mode: some models change themselves in a forward (BigBird, given a short text, attends fully
     from then on; rotary positions grow with what they have seen; a classifier's config keeps what kind of labels it was
     given). One thread at a time: another would find a model that is in eval mode for the first one's sake, and leave it
-    so.
+    so; who changes a model for good holds `one_at_a_time` meanwhile, as it would be put back.
     """
     devices = {one.device.type for one in model.parameters()} - {"meta"} or {"cpu"}  # the former: offloaded
-    with _one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False), _put_back(model):
+    with one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False), _put_back(model):
         model.eval()
         for module in model.modules():
             config: Any = getattr(module, "config", None)
@@ -35,7 +35,7 @@ def quietly(model: nn.Module) -> Iterator[None]:
         yield
 
 
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager

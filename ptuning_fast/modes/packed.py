@@ -12,6 +12,7 @@ from ..models.families import class_of
 from ..models.info import ModelInfo, unwrapped
 from ..models.positions import counts_columns
 from ..models.probe import Outcome, of_ids
+from ..models.trial import one_at_a_time
 from ..op import Batch, Embedded, Layout, Prompt
 from .base import Mode
 
@@ -42,6 +43,14 @@ class Packed(Mode):
         obstacle = obstacle_of_packed(inner)
         if obstacle is not None:  # for now: not as the TypeErrors are, which nothing changes
             raise ValueError(obstacle)
+        with one_at_a_time:
+            reason = self._probed(inner)
+        if reason is None:
+            return
+        raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
+
+    def _probed(self, inner: Any) -> str | None:
+        """Why it cannot be given a packed batch; None if it can, and has the attention for it."""
         before = inner.config._attn_implementation
         of_padded = None if keeps_attention(before) else of_ids(inner)
         serve_packed(inner)
@@ -50,11 +59,9 @@ class Packed(Mode):
         reason = _reason(found)
         if reason is None and of_padded is not None and not _same(of_padded, of_ids(inner)):
             reason = "it computes otherwise where its attention implementation has another name"
-        if reason is None:
-            return
-        if inner.config._attn_implementation != before:
+        if reason is not None and inner.config._attn_implementation != before:
             inner.set_attn_implementation(before)
-        raise TypeError(f"{info.name}, probed, cannot be given a packed batch ({reason}): take mode='prepend'")
+        return reason
 
     def obstacle(self, model: Any, prompt: Prompt) -> str | None:
         return obstacle_of_packed(unwrapped(model))
@@ -63,7 +70,10 @@ class Packed(Mode):
         return self._embed_packed(model, batch, prompt, self.info.position_start, layout)
 
     def _embed_packed(self, model: Any, batch: Batch, prompt: Prompt, start: int, layout: Layout) -> Embedded:
-        serve_packed(unwrapped(model))  # again, where somebody has set another attention implementation since
+        inner = unwrapped(model)
+        if not keeps_attention(inner.config._attn_implementation):  # somebody has set another since
+            with one_at_a_time:
+                serve_packed(inner)
         layout = Layout(start, packed=True, lengths=layout.lengths)
         return prepend(model.get_input_embeddings(), batch, prompt, layout)
 

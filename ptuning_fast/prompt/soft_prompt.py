@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, is_of_tokens, picks_by_mask, warn_of_ignored
+from ..loss.kinds import (
+    check_counted,
+    goes_by_items,
+    has_causal_loss,
+    is_of_tokens,
+    picks_by_mask,
+    warn_of_ignored,
+    warn_of_own,
+)
 from ..loss.model_loss import ModelLoss
 from ..models import describe
 from ..models.embedding import are_several, device_of, is_sharded
@@ -184,6 +192,8 @@ class SoftPrompt(Saving):
             served = self._mode(mode)
         else:
             raise ValueError(f"mode must be one of auto, {', '.join(MODES)}; it is {mode!r}")
+        if served.packed and per_token and mode != "auto":
+            self.model_loss.known(warn_of_own, self.model, None)
         if served.packed and by_mask:
             raise ValueError(
                 f"mode={mode!r}: the loss of {info.name} picks labels by attention_mask, which a packed batch has not: "

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..files import adapter, card
 from ..models.embedding import embed_scale, unreadable
 from ..models.info import has_adapter, unwrapped
-from . import virtual_tokens
+from . import checkpoint, virtual_tokens
 
 __all__ = ["save"]
 
@@ -42,44 +42,47 @@ def save(
     prompts = rows if bank else rows[None]
     names = _checked(names, len(prompts), bank)
     model = _mergeable(model)
-    for one in (folder, *(folder / name for name in names if bank)):
-        _check_folder(one, model, tokenizer)
+    _check_folder(folder, model, tokenizer, names if bank else [])
     if not rows.numel():
         raise ValueError("there are no virtual tokens to merge: model.save_pretrained is all it takes")
     tokens = [[f"<|{name}_{place}|>" for place in range(prompts.shape[1])] for name in names]
     with_tokens, ids = virtual_tokens.added(tokenizer, [token for prompt in tokens for token in prompt])
     _check_ids(model, ids)
 
-    # The tokenizers first, as they are tried, and the settings, which tell their class; the weights last.
     saved, state = _with_rows(model, prompts.flatten(0, 1), ids)
-    saved.config.save_pretrained(folder)
     length, before = prompts.shape[1], virtual_tokens.text_before(tokenizer)
     strings = {}
-    if bank:
-        virtual_tokens.save(with_tokens, folder, [], tokenizer)
-    for place, (name, prompt) in enumerate(zip(names, tokens)):
-        own = ids[place * length : (place + 1) * length]
-        one = virtual_tokens.in_front(with_tokens, prompt, post_processor=post_processor)
-        virtual_tokens.save(one, folder / name if bank else folder, own if post_processor else [], tokenizer)
-        strings[name] = "".join(prompt) + before
-        virtual_tokens.warn_of_chats(one, own, tokenizer)
-        if not post_processor:
-            virtual_tokens.warn_of_strings(one, strings[name], own, tokenizer)
-    saved.save_pretrained(folder, state_dict=state)
-    card.write_merged(folder, model, strings, length, bank)
+    with adapter.saving(folder):
+        _check_folder(folder, model, tokenizer, names if bank else [])  # what another has written while this one waited
+        with checkpoint.replacing(folder) as made:
+            saved.config.save_pretrained(made)  # first, as it tells the tokenizers' class
+            if bank:
+                virtual_tokens.save(with_tokens, made, [], tokenizer)
+            for place, (name, prompt) in enumerate(zip(names, tokens)):
+                own = ids[place * length : (place + 1) * length]
+                one = virtual_tokens.in_front(with_tokens, prompt, post_processor=post_processor)
+                virtual_tokens.save(one, made / name if bank else made, own if post_processor else [], tokenizer)
+                strings[name] = "".join(prompt) + before
+                virtual_tokens.warn_of_chats(one, own, tokenizer)
+                if not post_processor:
+                    virtual_tokens.warn_of_strings(one, strings[name], own, tokenizer)
+            saved.save_pretrained(made, state_dict=state)
+        card.write_merged(folder, model, strings, length, bank)
     return strings
 
 
-def _check_folder(folder: Path, model: Any, tokenizer: Any) -> None:
-    for name in (model.config._name_or_path, getattr(tokenizer, "name_or_path", "")):
-        if name and Path(name).is_dir() and folder.resolve() == Path(name).resolve():
-            raise ValueError(f"{folder} is where the model itself is: it would be replaced, so name another folder")
-    kind, _ = adapter.kind_of(folder, {})
-    if kind or (folder / adapter.WEIGHTS).exists():
-        raise ValueError(
-            f"{folder} holds {f'a {kind}' if kind else 'an'} adapter, and transformers would load its model: name "
-            "another folder"
-        )
+def _check_folder(folder: Path, model: Any, tokenizer: Any, names: list[str]) -> None:
+    for place in (folder, *(folder / name for name in names)):
+        for name in (model.config._name_or_path, getattr(tokenizer, "name_or_path", "")):
+            if name and Path(name).is_dir() and place.resolve() == Path(name).resolve():
+                raise ValueError(f"{place} is where the model itself is: it would be replaced, so name another folder")
+        kind, _ = adapter.kind_of(place, {})
+        if kind or (place / adapter.WEIGHTS).exists():
+            raise ValueError(
+                f"{place} holds {f'a {kind}' if kind else 'an'} adapter, and transformers would load its model: name "
+                "another folder"
+            )
+    checkpoint.check_others(folder, names)
 
 
 def _checked(names: list[str] | None, K: int, bank: bool) -> list[str]:

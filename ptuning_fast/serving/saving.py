@@ -104,8 +104,9 @@ class Saving(nn.Module):
         """
         saved, rows, first = self._kept()
         if first:
-            peft.save(folder, saved, rows)
-            card.write_adapter(folder, unwrapped(self.model), saved.config, saved.settings, figures)
+            with adapter.saving(Path(folder)):
+                peft.save(folder, saved, rows)
+                card.write_adapter(folder, unwrapped(self.model), saved.config, saved.settings, figures)
 
     def save_pretrained_merged(
         self, folder: str | Path, tokenizer: Any, *, names: list[str] | None = None, post_processor: bool = True
@@ -114,7 +115,9 @@ class Saving(nn.Module):
 
         `AutoModelForCausalLM` and `AutoTokenizer` load it, `pipeline` serves it. The tokenizer puts the virtual tokens
         before each text and each chat by itself, and what the model is then given is what this prompt gives it. They
-        are never generated. Neither `model` nor `tokenizer` is changed; a tied head is written as one of its own.
+        are never generated. Neither `model` nor `tokenizer` is changed; a tied head is written as one of its own. What
+        a merge into the same folder wrote before is replaced once the new one is whole; one that is killed while its
+        files are moved leaves no weights, and so nothing that loads.
 
         Args:
             tokenizer: the model's, a fast one.
@@ -131,7 +134,7 @@ class Saving(nn.Module):
             TypeError: a model whose vocabulary cannot hold the prompt (an encoder-decoder, quantized, sharded, with an
                 adapter of PEFT's), or a slow tokenizer, with what to do instead.
             ValueError: another model's tokenizer, or one whose ids have a gap; names that are taken; a folder that
-                holds the model itself, or an adapter.
+                holds an adapter, or a model that no merge has written.
         """
         return merged.save(folder, self.model, tokenizer, self.final_prompt(), names, post_processor)
 

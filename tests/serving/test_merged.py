@@ -8,7 +8,7 @@ import sweep
 import torch
 import transformers
 import zoo
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers_built import SPECIAL, byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -26,6 +26,7 @@ def characters(template="$A", size=V, kind=PreTrainedTokenizerFast):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda one: (one != "Ġ", one))
     vocabulary = {token: place for place, token in enumerate([*SPECIAL, *alphabet][:size])}
     backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.normalizer = normalizers.NFC()  # as Qwen2's class has it
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(
