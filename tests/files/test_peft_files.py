@@ -322,6 +322,18 @@ def test_what_is_rounded_at_load(tmp_path):
         FastPTuning.from_pretrained(tmp_path / "fast", zoo.build("BERT"))
 
 
+def test_a_prompt_of_a_bank_behind_a_link(tmp_path):
+    """The link goes, where the folder would."""
+    bank = SoftPrompt(zoo.build("Llama"), zoo.M, num_prompts=2)
+    bank.save_pretrained(tmp_path / "bank")
+    (tmp_path / "bank/1").rename(tmp_path / "elsewhere")
+    (tmp_path / "bank/1").symlink_to(tmp_path / "elsewhere")
+    bank.save_pretrained(tmp_path / "bank")
+    SoftPrompt(zoo.build("Llama"), zoo.M).save_pretrained(tmp_path / "bank")
+    assert not {"0", "1"} & {one.name for one in (tmp_path / "bank").iterdir()}
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_classifier_in_the_place_of_a_bank(tmp_path):
     SoftPrompt(zoo.build("BERT"), zoo.M, num_prompts=2).save_pretrained(tmp_path)
     FastPTuning(zoo.build("BERT"), 3).save_pretrained(tmp_path)

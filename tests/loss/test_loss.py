@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from argparse import Namespace
 
 import pytest
@@ -302,6 +303,14 @@ def test_what_looks_like_the_models_own_loss_and_is_not(change, torch_backend):
     expected = gradients(prompt, of_texts(padded, F.pad(labels, (3, 0), value=-100)))
     assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
     assert_same(gradients(prompt, model(**prompt(ids, mask, labels=labels, mode="auto")).loss), expected)
+    for mode in ("packed", "shared"):
+        with pytest.warns(UserWarning, match="is not transformers' own, or a hook is on the model") as seen:
+            SoftPrompt(model, 3)(ids, mask, labels=labels, mode=mode)
+        assert len(seen) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SoftPrompt(model, 3)(ids, mask, mode=mode)
+            SoftPrompt(build("llama"), 3)(ids, mask, labels=labels, mode=mode)
 
 
 def test_a_loss_that_picks_its_labels_by_the_mask(torch_backend):

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ptuning_fast import FastPTuning, SoftPrompt
+from ptuning_fast.models.trial import quietly
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 
@@ -113,6 +114,21 @@ def test_no_second_order_without(name, mode):
             RuntimeError, match=r"derivative for .*attention.* is not implemented|cannot be differentiated twice"
         ):
             twice(function, vectors_of(prompt))
+
+
+def test_a_probe_does_not_put_back_what_another_thread_has_set(torch_backend):
+    """The attention of packed batches: their mask is NaN for any other."""
+    model = zoo.build("Llama")
+    prompt, (ids, mask) = SoftPrompt(model, zoo.M), zoo.padded(zoo.texts(), "right")
+    prompt(ids, mask, mode="packed")
+    model.set_attn_implementation("sdpa")
+    thread = threading.Thread(target=prompt, args=(ids, mask), kwargs={"mode": "packed"})
+    with quietly(model):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+    thread.join(60)
+    assert model.config._attn_implementation == "ptuning_fast_sdpa"
 
 
 @pytest.mark.parametrize("own", [False, True])
