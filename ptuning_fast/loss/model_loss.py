@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..models.embedding import are_several
 from ..models.info import ModelInfo, unwrapped
 from .chunks import has_chunks, in_chunks, is_large
-from .kinds import hooks_of
+from .kinds import hooks_of, is_of_tokens, picks_by_mask, warn_of_own
 from .labelled import keeps_labelled_rows, last_rows, on_labelled_rows, predicting
 
 __all__ = ["ModelLoss"]
@@ -42,6 +42,19 @@ class ModelLoss:
         if torch.compiler.is_compiling() and check.__name__ not in self._found:
             return otherwise
         return self.find(check, model)
+
+    def is_exact_in_one_row(self, model: Any) -> bool:
+        """Whether that is known of a loss of labels one per token, in a packed batch."""
+        return is_of_tokens(model) and not self.known(picks_by_mask, model, False)
+
+    def check_in_one_row(self, model: Any, mode: str) -> None:
+        """ValueError for a loss that comes out otherwise there; a warning where it may."""
+        if self.known(picks_by_mask, model, False):
+            raise ValueError(
+                f"mode={mode!r}: the loss of {self.info.name} picks labels by attention_mask, which a packed batch has "
+                "not: take mode='prepend', or compute it from the logits"
+            )
+        self.known(warn_of_own, model, None)
 
     def of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """`model(**inputs).loss`, a scalar; where labels are one per column, on the rows alone that predict one."""

@@ -8,15 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..loss.kinds import (
-    check_counted,
-    goes_by_items,
-    has_causal_loss,
-    is_of_tokens,
-    picks_by_mask,
-    warn_of_ignored,
-    warn_of_own,
-)
+from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_ignored
 from ..loss.model_loss import ModelLoss
 from ..models import describe
 from ..models.embedding import are_several, device_of, is_sharded
@@ -181,24 +173,18 @@ class SoftPrompt(Saving):
             batch, lengths = as_rows(batch, **flattened)
         if self.length and per_token:
             self.model_loss.known(warn_of_ignored, self.model, None)
-        by_mask = per_token and self.model_loss.known(picks_by_mask, self.model, False)
         if self.length == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
-            of_tokens = labels is None or (per_token and not by_mask and is_of_tokens(self.model))
-            served = self._fewest_rows(prompt, batch) if of_tokens else self._mode("prepend")
+            exact = labels is None or (per_token and self.model_loss.is_exact_in_one_row(self.model))
+            served = self._fewest_rows(prompt, batch) if exact else self._mode("prepend")
         elif mode in MODES:
             served = self._mode(mode)
         else:
             raise ValueError(f"mode must be one of auto, {', '.join(MODES)}; it is {mode!r}")
-        if served.packed and per_token and mode != "auto":
-            self.model_loss.known(warn_of_own, self.model, None)
-        if served.packed and by_mask:
-            raise ValueError(
-                f"mode={mode!r}: the loss of {info.name} picks labels by attention_mask, which a packed batch has not: "
-                "take mode='prepend', or compute it from the logits"
-            )
+        if served.packed and per_token:
+            self.model_loss.check_in_one_row(self.model, mode)
         obstacle = served.obstacle(self.model, prompt)
         if obstacle is not None:
             raise ValueError(f"mode={mode!r}: {obstacle}")
