@@ -31,6 +31,7 @@ except ImportError:  # Windows
 __all__ = [
     "CARD",
     "CONFIG",
+    "MERGED",
     "UNFINISHED",
     "WEIGHTS",
     "as_bytes",
@@ -46,6 +47,8 @@ __all__ += ["is_first", "read", "replace", "save", "saving", "whole"]
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
+MERGED = "merged.json"
+"""What a checkpoint with a prompt in it (serving/checkpoint.py) lists its files in."""
 UNFINISHED = ".unfinished."
 """Before a random name: what is made in a folder, to be moved into place."""
 _LOADED_BY = {
@@ -92,8 +95,9 @@ def saving(folder: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-            for leftover in (one for name in (WEIGHTS, CONFIG, CARD) for one in folder.glob(f".{name}.{_RANDOM}")):
-                leftover.unlink(missing_ok=True)
+            for name in (WEIGHTS, CONFIG, CARD, MERGED):
+                for leftover in folder.glob(f".{name}.{_RANDOM}"):
+                    leftover.unlink(missing_ok=True)
             for leftover in folder.glob(f"{UNFINISHED}{_RANDOM}"):
                 shutil.rmtree(leftover, ignore_errors=True)
         yield

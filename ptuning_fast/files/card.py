@@ -15,7 +15,7 @@ from . import adapter
 
 __all__ = ["write_adapter", "write_classifier", "write_merged"]
 
-_HEADER = re.compile(r"---\r?\n(.*?^---\r?\n)", re.DOTALL | re.MULTILINE)
+_HEADER = re.compile(r"(\ufeff?---\r?\n)(.*?^---\r?\n)", re.DOTALL | re.MULTILINE)
 _KINDS = {
     "prompt": "A soft prompt",
     "classifier": "A text classifier: a soft prompt and a head",
@@ -52,7 +52,8 @@ def _write(
             ours, header, before = text, _HEADER.match(old), _OURS.search(old)
             if header and before:
                 named = re.search("for `(.*)`, by", before[0])
-                old = f"---\n{_with_base(header[1], named[1] if named else '', base_model)}{old[header.end() :]}"
+                settings = _with_base(header[2], named[1] if named else "", base_model)
+                old = f"{header[1]}{settings}{old[header.end() :]}"
             text = _OURS.sub(lambda found: f"# {kind}\n\n{ours}" if found["title"] else ours, old, count=1)
         adapter.replace(file, text.encode(errors="surrogateescape"))
 

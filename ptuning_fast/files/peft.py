@@ -25,6 +25,7 @@ __all__ = ["Saved", "bank_size", "head_of", "load", "peft_config", "remove_bank"
 OURS = "ptuning_fast."
 FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
 PEFT_TYPES = ("PROMPT_TUNING", "P_TUNING")
+OF_BANK = "of_bank"  # among the settings of an adapter that a bank has for PEFT: its place in it
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -115,7 +116,7 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
     with adapter.saving(folder):
         before = bank_size(folder)
         for number in range(len(rows) if bank else 0):
-            _check_place(folder / str(number), number < before)
+            _check_place(folder / str(number))
         remove_bank(folder, len(rows) if bank else 0, before)  # first, as its size is in the file
         adapter.replace(folder / adapter.WEIGHTS, content)
         if bank:  # PEFT knows a folder of an adapter by its settings
@@ -125,7 +126,7 @@ def save(folder: str | Path, saved: Saved, rows: Tensor) -> None:
             adapter.replace(folder / adapter.CONFIG, json.dumps(config, indent=2).encode())
         (folder / FIRST_VERSION).unlink(missing_ok=True)
         for place, prompt in enumerate(rows if bank else []):
-            settings = saved.settings | {"num_prompts": None, "encoder": None}
+            settings = saved.settings | {"num_prompts": None, "encoder": None, OF_BANK: place}
             one = Saved({"prompt_embeddings": prompt}, saved.head, saved.config, settings)
             save(folder / str(place), one, prompt)
 
@@ -211,10 +212,18 @@ def bank_size(folder: Path) -> int:
     return 0
 
 
-def _check_place(folder: Path, is_ours: bool) -> None:
+def _is_of_bank(folder: Path) -> bool:
+    """Whether the adapter in `folder` is one that a bank has there for PEFT, and not one that is elsewhere, linked."""
+    try:
+        return not folder.is_symlink() and OF_BANK in adapter.read(folder / adapter.WEIGHTS)[1]
+    except (OSError, ValueError):
+        return False
+
+
+def _check_place(folder: Path) -> None:
     """ValueError where a bank would have the adapter of one of its prompts, and somebody else has one."""
     adapter.check_others(folder)
-    if (folder / adapter.WEIGHTS).exists() and not is_ours:
+    if (folder / adapter.WEIGHTS).exists() and not _is_of_bank(folder):
         raise ValueError(
             f"{folder} holds an adapter that is none of a bank's, and a bank has one there for PEFT: save the bank in "
             "another folder"
@@ -225,12 +234,13 @@ def remove_bank(folder: Path, first: int, end: int) -> None:
     """The adapters of prompts `first` to `end` of a bank that was saved here before; nothing else in their folders."""
     for number in range(first, end):
         place = folder / str(number)
-        if place.is_dir() and adapter.kind_of(place, {})[0] in PEFT_TYPES:
-            with adapter.saving(place):
-                for name in (adapter.WEIGHTS, adapter.CONFIG):
-                    (place / name).unlink(missing_ok=True)
+        if place.is_dir() and not place.is_symlink():
+            with adapter.saving(place):  # which removes what a killed save left there
+                if _is_of_bank(place):
+                    for name in (adapter.CONFIG, adapter.WEIGHTS):
+                        (place / name).unlink(missing_ok=True)
                 if not any(place.iterdir()):
-                    place.unlink() if place.is_symlink() else place.rmdir()
+                    place.rmdir()
 
 
 def _of_first_version(folder: Path) -> Saved | None:

@@ -175,8 +175,9 @@ def warn_of_own(model: Any, info: ModelInfo) -> None:
         )
 
 
-def short_text(model: Any) -> tuple[Tensor, Tensor]:
-    """[1, 6] ids, and labels of some of them."""
+def short_text(model: Any, n: int = 6) -> tuple[Tensor, Tensor]:
+    """[1, n] ids, and labels of a third of them."""
     device = device_of(model.get_input_embeddings())
-    ids = torch.tensor([ordinary_tokens(model.config, model.config.get_text_config().vocab_size, 6)], device=device)
-    return ids, ids.masked_fill(torch.tensor([[True, True, True, False, True, False]], device=device), -100)
+    ids = torch.tensor([ordinary_tokens(model.config, model.config.get_text_config().vocab_size, n)], device=device)
+    place = torch.arange(ids.shape[1], device=device)[None] % 6
+    return ids, ids.masked_fill((place != 3) & (place != 5), -100)

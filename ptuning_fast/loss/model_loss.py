@@ -28,9 +28,9 @@ class ModelLoss:
         """What `check` finds out of the model, once for each loss function, head, forwards and hooks that it has."""
         inner = unwrapped(model)
         head = inner.get_output_embeddings()
-        parts = [getattr(inner, "loss_function", None), head, type(inner).forward]
+        parts = [getattr(inner, "loss_function", None), head]
         for one in (inner, head) if isinstance(head, nn.Module) else (inner,):
-            parts += [vars(one).get("forward"), *hooks_of(one)]
+            parts += [type(one).forward, vars(one).get("forward"), *hooks_of(one)]
         found = self._found.get(check.__name__)
         same = found is not None and len(found[0]) == len(parts)
         if found is None or not same or any(one is not other for one, other in zip(found[0], parts)):

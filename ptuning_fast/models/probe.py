@@ -33,7 +33,7 @@ class Served(NamedTuple):
     """A batch as a mode serves it: the model's arguments, and where each text's outputs stand."""
 
     inputs: dict[str, Any]
-    places: list[tuple[int, slice]]  # of each text: a row of the outputs, and columns in it
+    places: list[tuple[int, slice]]  # of each text, with its virtual tokens or not: a row of the outputs, and columns
     columns: int  # that a row of outputs has, where they are one per column
 
 
@@ -98,7 +98,7 @@ def _probe(
                     given["token_type_ids"] = F.pad(types[: len(text)], (LENGTH, 0))[None]
                 with _dtypes_of_outputs(model, dtypes):
                     out = call(model, given, ids)
-                expected.append(_of_row(out, 0, slice(LENGTH, None), ids.shape[1], of_columns))
+                expected.append(_of_row(out, 0, slice(None), ids.shape[1], of_columns))
             prompt = Prompt(rows_of(table, torch.tensor(first, device=device)).float())
         except Exception as error:  # whatever a model that needs more than ids does
             return Outcome(None, None, None, f"it cannot be called with ids alone: {error}", 0.0)
@@ -116,7 +116,8 @@ def _probe(
                 errors.append(str(error))
                 return None
             found = [_of_row(out, row, place, served.columns, of_columns) for row, place in served.places]
-            return max(off_by([_shared(one, other)], [_shared(other, one)]) for one, other in zip(found, truth))
+            pairs = [(one, _last(other, one)) for one, other in zip(found, truth)]
+            return max(off_by([_shared(one, other)], [_shared(other, one)]) for one, other in pairs)
 
         each = [off([text], "right", [truth]) for text, truth in zip(texts, expected)]
         alone = None if None in each else max(value for value in each if value is not None)
@@ -214,6 +215,11 @@ def _dtypes_of_outputs(model: nn.Module, found: set[torch.dtype]) -> Iterator[No
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _last(outputs: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of `outputs`, as many last rows as there are of the others."""
+    return {name: value[max(len(value) - len(others.get(name, value)), 0) :] for name, value in outputs.items()}
 
 
 def _shared(outputs: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,7 +43,10 @@ class Mode:
         raise NotImplementedError
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
-        """Where the outputs of each text stand, (row, columns), and how many columns a row of outputs has."""
+        """Where the outputs of each text stand, (row, columns), and how many columns a row of outputs has.
+
+        In a packed row with those of its virtual tokens, which would be the first to see the text before.
+        """
         raise NotImplementedError
 
     def of_tokens(self, rows: Tensor, inputs: dict[str, Any], batch: Batch, m: int) -> Tensor:

@@ -92,7 +92,7 @@ class Packed(Mode):
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
         assert embedded.cu_seq_lens is not None
         ends = embedded.cu_seq_lens.tolist()
-        return [(0, slice(start + m, end)) for start, end in pairwise(ends)], ends[-1]
+        return [(0, slice(start, end)) for start, end in pairwise(ends)], ends[-1]
 
 
 def of_sequences(rows: Tensor, starts: Tensor, m: int, batch: Batch) -> Tensor:

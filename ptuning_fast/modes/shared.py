@@ -91,7 +91,7 @@ class Shared(Packed):
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
         assert embedded.cu_seq_lens is not None
         ends = embedded.cu_seq_lens.tolist()
-        return [(0, slice(start + min(m, 1), end)) for start, end in pairwise(ends[m > 1 :])], ends[-1]
+        return [(0, slice(start, end)) for start, end in pairwise(ends[m > 1 :])], ends[-1]
 
 
 def _obstacle_of_flash(model: Any) -> str | None:

@@ -238,7 +238,10 @@ class SoftPrompt(Saving):
             *(input_ids, attention_mask, token_type_ids, labels, prompt_index, mode), lengths=lengths, **flattened
         )
         inputs |= self.items(num_items_in_batch, labels, attention_mask)
-        return self.model_loss.of(self.model, inputs)
+        loss = self.model_loss.of(self.model, inputs)
+        if loss is None:
+            raise ValueError(f"{self.info.name} gives no loss for labels alone: call it, model(**prompt(...), ...)")
+        return loss
 
     def items(
         self, num_items_in_batch: Tensor | int | None, labels: Tensor | None, attention_mask: Tensor | None

@@ -1,7 +1,8 @@
 """A checkpoint of several files: made out of sight, and moved into the place of the one before as a whole.
 
 While files are moved no weights are there, so that what a killed move leaves is not loaded as either. Which files are
-the checkpoint's is listed in one of them: the next one removes those that it does not write itself.
+the checkpoint's, and as they were written, is listed in one of them: the next one removes those that it does not write
+itself, and touches nothing that somebody has changed or put there since.
 """
 
 import contextlib
@@ -10,37 +11,67 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..files import adapter
 
-__all__ = ["LIST", "check_others", "replacing"]
+__all__ = ["check_others", "replacing"]
 
-LIST = "merged.json"
+# What transformers reads in a folder, and so would read beside the checkpoint's own.
+_READ: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_READ += ("chat_template.*", "additional_chat_templates/*", "*.safetensors*", "pytorch_model*")
+Stamp = list[int]  # a file's size and time, which a rename leaves as they are
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder, the files of which are those of the checkpoint in `folder` afterwards, if nothing was raised."""
+def replacing(folder: Path, subfolders: Iterable[str]) -> Iterator[Path]:
+    """An empty folder, the files of which are those of the checkpoint in `folder` afterwards, if nothing was raised.
+
+    Raises:
+        ValueError: as `check_others` does.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix=adapter.UNFINISHED) as made:
         yield Path(made)
-        _move(Path(made), folder)
+        new = {file.relative_to(made).as_posix(): _stamp(file) for file in Path(made).rglob("*") if file.is_file()}
+        check_others(folder, subfolders, new)
+        _move(Path(made), folder, new)
 
 
-def check_others(folder: Path, subfolders: Iterable[str]) -> None:
-    """ValueError where a model or a tokenizer would be replaced that is none of a checkpoint's that was made so."""
-    ours = _listed(folder)
-    for place in (folder, *(folder / name for name in subfolders)):
-        for file in (place / "config.json", place / "tokenizer_config.json", *place.glob("*.safetensors")):
-            if file.is_file() and file.relative_to(folder).as_posix() not in ours:
-                raise ValueError(
-                    f"{place} holds a model or a tokenizer ({file.name}) that no save_pretrained_merged has written, "
-                    "and it would be replaced: name another folder"
-                )
+def check_others(folder: Path, subfolders: Iterable[str], new: Iterable[str] = ()) -> None:
+    """Whether a checkpoint can take the place of what is in `folder`, with files `new` and tokenizers in `subfolders`.
+
+    Raises:
+        ValueError: a file of somebody else's would be replaced, or read with the checkpoint.
+        OSError: files cannot be put where they belong.
+    """
+    old = _listed(folder)
+    names = {*old, *new} | {
+        file.relative_to(folder).as_posix()
+        for place in (folder, *(folder / name for name in subfolders))
+        for pattern in _READ
+        for file in place.glob(pattern)
+    }
+    for name in sorted(names):
+        if os.path.lexists(folder / name) and _stamp(folder / name) not in old.get(name, []):
+            raise ValueError(
+                f"{folder / name} is none that save_pretrained_merged has written, or was changed since, and would be "
+                "replaced or be read with what is merged: name another folder, or take it away"
+            )
+    for place in {(folder / name).parent for name in names}:
+        if os.path.lexists(place) and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise OSError(f"{place} is no folder that can be written in: name another folder")
 
 
-def _move(made: Path, folder: Path) -> None:
-    old, new = _listed(folder), {file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()}
-    adapter.replace(folder / LIST, _list(old | new))
+def _move(made: Path, folder: Path, new: dict[str, Stamp]) -> None:
+    old = _listed(folder)
+    both = {name: [*old.get(name, []), *([new[name]] if name in new else [])] for name in {*old, *new}}
+    adapter.replace(folder / adapter.MERGED, _list(both))
     for name in sorted(old, key=_is_weights, reverse=True):
         if _is_weights(name) or name not in new:
             (folder / name).unlink(missing_ok=True)
@@ -50,21 +81,32 @@ def _move(made: Path, folder: Path) -> None:
     for name in sorted(new, key=_is_weights):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(made / name, folder / name)
-    adapter.replace(folder / LIST, _list(new))
+    adapter.replace(folder / adapter.MERGED, _list({name: [stamp] for name, stamp in new.items()}))
 
 
 def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def _list(names: set[str]) -> bytes:
-    return (json.dumps({"by": "ptuning-fast", "files": sorted(names)}, indent=2, ensure_ascii=False) + "\n").encode()
+def _stamp(file: Path) -> Stamp:
+    state = file.lstat()
+    return [state.st_size, state.st_mtime_ns]
 
 
-def _listed(folder: Path) -> set[str]:
-    """The files of the checkpoint in `folder`, and nothing outside of it, whatever a list from elsewhere says."""
+def _list(files: dict[str, list[Stamp]]) -> bytes:
+    listed = {"by": "ptuning-fast", "files": dict(sorted(files.items()))}
+    return (json.dumps(listed, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _listed(folder: Path) -> dict[str, list[Any]]:
+    """The files of the checkpoint in `folder` that are there, and as what; nothing outside, whatever a list says."""
     try:
-        names = json.loads((folder / LIST).read_text(encoding="utf-8"))["files"]
-        return {name for name in names if (folder / name).resolve().is_relative_to(folder.resolve())}
+        files = dict(json.loads((folder / adapter.MERGED).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return set()
+        return {}
+    top = folder.resolve()
+    return {
+        name: stamps
+        for name, stamps in files.items()
+        if isinstance(stamps, list) and os.path.isfile(folder / name) and (folder / name).resolve().is_relative_to(top)
+    }

@@ -54,7 +54,7 @@ def save(
     strings = {}
     with adapter.saving(folder):
         _check_folder(folder, model, tokenizer, names if bank else [])  # what another has written while this one waited
-        with checkpoint.replacing(folder) as made:
+        with checkpoint.replacing(folder, names if bank else []) as made:
             saved.config.save_pretrained(made)  # first, as it tells the tokenizers' class
             if bank:
                 virtual_tokens.save(with_tokens, made, [], tokenizer)
@@ -87,8 +87,12 @@ def _check_folder(folder: Path, model: Any, tokenizer: Any, names: list[str]) ->
 
 def _checked(names: list[str] | None, K: int, bank: bool) -> list[str]:
     names = names or ([f"prompt_{place}" for place in range(K)] if bank else ["prompt"])
-    if len(set(names)) != K or len(names) != K or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
-        raise ValueError(f"names must be {K}, all different, of letters, digits, '_', '-' and '.'; they are {names}")
+    different = len({name.casefold() for name in names}) == K == len(names)  # folders, also where case does not count
+    if not different or not all(re.fullmatch(r"\w[\w.-]*(?<!\.json)(?<!\.md)(?<!\.safetensors)", one) for one in names):
+        raise ValueError(
+            f"names must be {K}, all different, of letters, digits, '_', '-' and '.', and not those of files; they are "
+            f"{names}"
+        )
     return names
 
 

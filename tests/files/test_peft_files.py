@@ -322,16 +322,27 @@ def test_what_is_rounded_at_load(tmp_path):
         FastPTuning.from_pretrained(tmp_path / "fast", zoo.build("BERT"))
 
 
-def test_a_prompt_of_a_bank_behind_a_link(tmp_path):
-    """The link goes, where the folder would."""
-    bank = SoftPrompt(zoo.build("Llama"), zoo.M, num_prompts=2)
+@pytest.mark.parametrize("kind", ["ours", "PEFT's", "a bank", "a link"])
+def test_what_has_come_into_a_banks_folders_since(tmp_path, kind):
+    """It is somebody's, and neither replaced nor taken away; the rest of the bank goes as ever."""
+    model = zoo.build("Llama")
+    bank, single = SoftPrompt(model, zoo.M, num_prompts=2), SoftPrompt(model, zoo.M)
     bank.save_pretrained(tmp_path / "bank")
-    (tmp_path / "bank/1").rename(tmp_path / "elsewhere")
-    (tmp_path / "bank/1").symlink_to(tmp_path / "elsewhere")
-    bank.save_pretrained(tmp_path / "bank")
-    SoftPrompt(zoo.build("Llama"), zoo.M).save_pretrained(tmp_path / "bank")
-    assert not {"0", "1"} & {one.name for one in (tmp_path / "bank").iterdir()}
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+    place = tmp_path / "bank/1"
+    if kind == "PEFT's":
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        peft.get_peft_model(zoo.build("Llama"), config).save_pretrained(place)
+    elif kind == "a link":
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        (bank if kind == "a bank" else single).save_pretrained(place)
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="bank/1 holds an adapter that is none of a bank's"):
+        bank.save_pretrained(tmp_path / "bank")
+    single.save_pretrained(tmp_path / "bank")
+    assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before and len(before) > 1
+    assert not (tmp_path / "bank/0").exists()
 
 
 def test_a_classifier_in_the_place_of_a_bank(tmp_path):

@@ -94,6 +94,41 @@ def test_a_head_that_cannot_be_told_has_all_rows(torch_backend):
     torch.testing.assert_close(prompt.loss(ids, mask, labels=labels), expected, rtol=1e-5, atol=0)
 
 
+class LooksBack(torch.nn.Module):
+    """What stands behind the attention, given a sum of two rows."""
+
+    def __init__(self, inner, rows):
+        super().__init__()
+        self.inner, self.rows = inner, rows
+        self.weight = getattr(inner, "weight", None)
+
+    def forward(self, hidden):
+        return self.inner(hidden + 0.5 * F.pad(hidden, (0, 0, self.rows, 0))[:, : -self.rows])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("part", ["head", "norm", "feed-forward"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2"])
+def test_rows_that_see_others_behind_the_attention(kind, part, rows, torch_backend):
+    """Neither of a text before in a packed batch, nor of whichever rows are labelled."""
+    model = zoo.build(kind).eval()
+    body = model.base_model
+    norm, layer = ("norm", body.layers[-1]) if kind == "Llama" else ("ln_f", body.h[-1])
+    place, name = {"head": (model, "lm_head"), "norm": (body, norm), "feed-forward": (layer, "mlp")}[part]
+    setattr(place, name, LooksBack(getattr(place, name), rows))
+    ids, mask, _ = batch("last")
+    labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) % 3 > 0), -100)
+    for m in (1, 4):
+        prompt = SoftPrompt(model, m)
+        expected = gradients(prompt, model(**prompt(ids, mask, labels=labels)).loss)
+        assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels, mode="prepend")), expected)
+        if rows <= 2:
+            assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
+            for mode in ("packed", "shared"):
+                with pytest.raises(TypeError, match="cannot be given a packed batch"):
+                    prompt(ids, mask, mode=mode)
+
+
 def test_a_loss_over_all_logits_has_all_rows(torch_backend):
     """Bamba's z-loss is too small for the loss of a short text to show it."""
     sizes = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]}

@@ -233,8 +233,9 @@ def test_bank(tmp_path):
     model, tokenizer = zoo.build("Llama", vocab_size=V), characters("<s> $A")
     bank = prompt_for(model, num_prompts=2)
     bank.prompt_embeddings.data = torch.randn(2, zoo.M, zoo.D)
-    with pytest.raises(ValueError, match="names must be 2, all different"):
-        bank.save_pretrained_merged(tmp_path, tokenizer, names=["a"])
+    for wrong in (["a"], ["a", "a"], ["a", "A"]):  # the last one are one folder where case does not count
+        with pytest.raises(ValueError, match="names must be 2, all different"):
+            bank.save_pretrained_merged(tmp_path, tokenizer, names=wrong)
     strings = bank.save_pretrained_merged(tmp_path, tokenizer, names=["sum", "ask"])
     loaded, plain = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer("a text", return_tensors="pt")["input_ids"]
@@ -329,7 +330,8 @@ def test_refusals(tmp_path):
     refused(build(), TypeError, "has other tensors.*model.norm.more", change=added)
     refused(build(), ValueError, f"has 117 tokens, and the vocabulary .* {V} rows", tokenizer=characters(size=117))
     refused(build(pad_token_id=99), ValueError, "pad_token_id is 99", tokenizer=characters(size=99))
-    refused(build(), ValueError, "names must be 1", names=["../other"])
+    for name in ("../other", "README.md", "merged.json", "model.safetensors"):
+        refused(build(), ValueError, "names must be 1", names=[name])
     odd = lambda model: setattr(model.generation_config, "temperature", -1.0)  # noqa: E731
     refused(build(), ValueError, "temperature", change=odd)
     slow = type("Slow", (), {"is_fast": False})()

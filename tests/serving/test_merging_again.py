@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptuning_fast import SoftPrompt
 from ptuning_fast.files import adapter
-from ptuning_fast.serving import checkpoint
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 V = 440
@@ -66,22 +65,43 @@ def test_what_somebody_else_has_put_there_stays(tmp_path):
     (tmp_path / "model.gguf").write_text("mine, too")
     outside = tmp_path.parent / "outside.txt"
     outside.write_text("mine as well")
-    listed = json.loads((tmp_path / checkpoint.LIST).read_text())
-    (tmp_path / checkpoint.LIST).write_text(json.dumps(listed | {"files": [*listed["files"], f"../{outside.name}"]}))
+    listed = json.loads((tmp_path / adapter.MERGED).read_text())
+    state = [outside.stat().st_size, outside.stat().st_mtime_ns]
+    for name in (f"../{outside.name}", str(outside), ".", "", "one", "x" * 5000):
+        listed["files"][name] = [state]
+    (tmp_path / adapter.MERGED).write_text(json.dumps(listed))
     merged(tmp_path)
     assert {"one/notes.txt", "model.gguf"} <= files(tmp_path) and outside.exists()
     assert not {one for one in files(tmp_path) if one.startswith(("one/tok", "two/"))}
 
 
-@pytest.mark.parametrize("what", ["model", "tokenizer", "tokenizer of one"])
-def test_a_model_of_somebody_elses_stays(tmp_path, what):
-    """Its weights may be the only ones."""
-    if what == "model":
-        zoo.build("Llama", vocab_size=V).save_pretrained(tmp_path)
-    else:
-        byte_level().save_pretrained(tmp_path / "one" if what == "tokenizer of one" else tmp_path)
+def train(folder):
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.lm_head.weight.data += 1
+    loaded.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda folder: zoo.build("Llama", vocab_size=V).save_pretrained(folder),
+        lambda folder: byte_level().save_pretrained(folder),
+        lambda folder: byte_level().save_pretrained(folder / "one"),
+        lambda folder: (folder / "tokenizer.json").write_text("mine"),
+        lambda folder: (folder / "added_tokens.json").write_text("mine"),
+        lambda folder: (folder / "pytorch_model.bin").write_text("mine"),
+        lambda folder: (folder / "one").write_text("mine"),
+        lambda folder: (folder / "one").symlink_to("nowhere"),
+        lambda folder: [merged(folder), train(folder)],
+        lambda folder: [merged(folder, names=["one", "two"]), byte_level(chat=None).save_pretrained(folder / "one")],
+        lambda folder: [merged(folder, names=["three"]), (folder / "three/tokenizer.json").write_text("mine")],
+    ],
+)
+def test_what_somebody_has_put_there_or_changed_is_not_replaced(tmp_path, put):
+    """A model that was trained on may be the only one."""
+    put(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    with pytest.raises(ValueError, match="that no save_pretrained_merged has written"):
+    with pytest.raises((ValueError, OSError), match=r"none that save_pretrained_merged has written|no folder that can"):
         merged(tmp_path, names=["one", "two"])
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
 
@@ -144,7 +164,8 @@ def test_killed_while_files_are_moved(tmp_path, monkeypatch):
         if done:
             break
     assert seen[0] == "old" and seen[-1] == "new" and "none" in seen
-    (place / f"{adapter.UNFINISHED}abcdefgh").mkdir()  # as a real kill leaves it
+    (place / f"{adapter.UNFINISHED}abcdefgh").mkdir()  # as a real kill leaves them
+    (place / f".{adapter.MERGED}.abcdefgh").write_text("half")
     merged(place, seed=0, m=3)
     assert files(place) == files(tmp_path / "0") and not list(place.glob(".*"))
 
