@@ -222,8 +222,11 @@ def _is_of_bank(folder: Path) -> bool:
 
 def _check_place(folder: Path) -> None:
     """ValueError where a bank would have the adapter of one of its prompts, and somebody else has one."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is a link or a file, and a bank has a folder there for PEFT: take it away")
     adapter.check_others(folder)
-    if (folder / adapter.WEIGHTS).exists() and not _is_of_bank(folder):
+    files = (adapter.CONFIG, adapter.WEIGHTS, "adapter_model.bin")  # the last one PEFT's, pickled
+    if any((folder / name).exists() for name in files) and not _is_of_bank(folder):
         raise ValueError(
             f"{folder} holds an adapter that is none of a bank's, and a bank has one there for PEFT: save the bank in "
             "another folder"

@@ -59,7 +59,8 @@ def is_of_tokens(model: Any) -> bool:
     function = getattr(inner, "loss_function", None)
     head = inner.get_output_embeddings()
     hooks = [*hooks_of(model), *hooks_of(inner), *(hooks_of(head) if isinstance(head, nn.Module) else ())]
-    if not all(getattr(hook, "__module__", "").startswith("torch.") for hook in hooks):  # those may be FSDP's
+    known = ("torch.", "ptuning_fast.")  # FSDP's, and those of a probe in another thread
+    if not all(getattr(hook, "__module__", "").startswith(known) for hook in hooks):
         return False
     if isinstance(head, nn.Module) and "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # Accelerate's
         return False
@@ -176,8 +177,10 @@ def warn_of_own(model: Any, info: ModelInfo) -> None:
 
 
 def short_text(model: Any, n: int = 6) -> tuple[Tensor, Tensor]:
-    """[1, n] ids, and labels of a third of them."""
+    """[1, n] ids, and labels of some of them, at distances that do not repeat."""
     device = device_of(model.get_input_embeddings())
     ids = torch.tensor([ordinary_tokens(model.config, model.config.get_text_config().vocab_size, n)], device=device)
-    place = torch.arange(ids.shape[1], device=device)[None] % 6
-    return ids, ids.masked_fill((place != 3) & (place != 5), -100)
+    labelled = [place for place in (3, 5, 6, 17, 21, 22) if place < ids.shape[1]]
+    labels = torch.full_like(ids, -100)
+    labels[:, labelled] = ids[:, labelled]
+    return ids, labels

@@ -78,7 +78,7 @@ def _move(made: Path, folder: Path, new: dict[str, Stamp]) -> None:
             for parent in Path(name).parents:
                 with contextlib.suppress(OSError):  # there is something else in it
                     (folder / parent).rmdir()
-    for name in sorted(new, key=_is_weights):
+    for name in sorted(new, key=lambda name: (_is_weights(name), name != "config.json")):  # no adapter goes beside that
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(made / name, folder / name)
     adapter.replace(folder / adapter.MERGED, _list({name: [stamp] for name, stamp in new.items()}))

@@ -88,12 +88,17 @@ def _check_folder(folder: Path, model: Any, tokenizer: Any, names: list[str]) ->
 def _checked(names: list[str] | None, K: int, bank: bool) -> list[str]:
     names = names or ([f"prompt_{place}" for place in range(K)] if bank else ["prompt"])
     different = len({name.casefold() for name in names}) == K == len(names)  # folders, also where case does not count
-    if not different or not all(re.fullmatch(r"\w[\w.-]*(?<!\.json)(?<!\.md)(?<!\.safetensors)", one) for one in names):
+    if not different or not all(
+        re.fullmatch(r"\w[\w.-]*", one) and not one.casefold().endswith(_FILES) for one in names
+    ):
         raise ValueError(
             f"names must be {K}, all different, of letters, digits, '_', '-' and '.', and not those of files; they are "
             f"{names}"
         )
     return names
+
+
+_FILES = (".json", ".md", ".safetensors", ".jinja", "additional_chat_templates")  # what else stands in the folder
 
 
 def _mergeable(model: Any) -> Any:

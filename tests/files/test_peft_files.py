@@ -322,27 +322,41 @@ def test_what_is_rounded_at_load(tmp_path):
         FastPTuning.from_pretrained(tmp_path / "fast", zoo.build("BERT"))
 
 
-@pytest.mark.parametrize("kind", ["ours", "PEFT's", "a bank", "a link"])
+@pytest.mark.parametrize("kind", ["ours", "PEFT's", "PEFT's, pickled", "a bank", "a link"])
 def test_what_has_come_into_a_banks_folders_since(tmp_path, kind):
     """It is somebody's, and neither replaced nor taken away; the rest of the bank goes as ever."""
     model = zoo.build("Llama")
     bank, single = SoftPrompt(model, zoo.M, num_prompts=2), SoftPrompt(model, zoo.M)
     bank.save_pretrained(tmp_path / "bank")
     place = tmp_path / "bank/1"
-    if kind == "PEFT's":
+    if kind.startswith("PEFT's"):
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        peft.get_peft_model(zoo.build("Llama"), config).save_pretrained(place)
+        if "pickled" in kind:
+            (place / adapter.WEIGHTS).unlink()
+        options = {"safe_serialization": "pickled" not in kind}
+        peft.get_peft_model(zoo.build("Llama"), config).save_pretrained(place, **options)
     elif kind == "a link":
         place.rename(tmp_path / "elsewhere")
         place.symlink_to(tmp_path / "elsewhere")
     else:
         (bank if kind == "a bank" else single).save_pretrained(place)
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match="bank/1 holds an adapter that is none of a bank's"):
+    with pytest.raises(ValueError, match=r"bank/1 (holds an adapter that is none of a bank's|is a link or a file)"):
         bank.save_pretrained(tmp_path / "bank")
     single.save_pretrained(tmp_path / "bank")
     assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before and len(before) > 1
     assert not (tmp_path / "bank/0").exists()
+
+
+@pytest.mark.parametrize("put", [lambda place: place.write_text("mine"), lambda place: place.symlink_to("0")])
+def test_where_a_bank_cannot_have_a_folder(tmp_path, put):
+    single = SoftPrompt(zoo.build("Llama"), zoo.M)
+    single.save_pretrained(tmp_path)
+    put(tmp_path / "1")
+    with pytest.raises(ValueError, match="1 is a link or a file"):
+        SoftPrompt(zoo.build("Llama"), zoo.M, num_prompts=2).save_pretrained(tmp_path)
+    loaded = SoftPrompt.from_pretrained(zoo.build("Llama"), tmp_path)
+    assert torch.equal(loaded.prompt_embeddings, single.prompt_embeddings)
 
 
 def test_a_classifier_in_the_place_of_a_bank(tmp_path):

@@ -330,7 +330,7 @@ def test_refusals(tmp_path):
     refused(build(), TypeError, "has other tensors.*model.norm.more", change=added)
     refused(build(), ValueError, f"has 117 tokens, and the vocabulary .* {V} rows", tokenizer=characters(size=117))
     refused(build(pad_token_id=99), ValueError, "pad_token_id is 99", tokenizer=characters(size=99))
-    for name in ("../other", "README.md", "merged.json", "model.safetensors"):
+    for name in ("../other", "README.MD", "merged.json", "model.safetensors", "additional_chat_templates"):
         refused(build(), ValueError, "names must be 1", names=[name])
     odd = lambda model: setattr(model.generation_config, "temperature", -1.0)  # noqa: E731
     refused(build(), ValueError, "temperature", change=odd)
