@@ -116,11 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        print(f"error: {error}", file=sys.stderr)  # tokenizers': a text that the tokenizer has no tokens for
-        return 2
     except KeyboardInterrupt:
         left = options.command == "train" and Path(options.output, "checkpoints").exists()
         print("interrupted" + ": the same command with --resume goes on" * left, file=sys.stderr)
@@ -128,4 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if options.command == "predict" else 1  # whoever reads labels may stop; training was cut off
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # tokenizers': a text that the tokenizer has no tokens for
+        return 2
     return 0

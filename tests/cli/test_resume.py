@@ -222,3 +222,19 @@ def test_an_adapter_is_not_written_over(command, tmp_path, capsys):
     assert (tmp_path / adapter.WEIGHTS).read_text() == "the old one"
     assert main([*options, "--overwrite"]) == 0
     adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize(("error", "status"), [(Exception("Missing [UNK] token"), 2), (ZeroDivisionError(), None)])
+def test_errors_that_tokenizers_raise(error, status, monkeypatch, capsys):
+    """They have no class of their own; any other error is one of ours, and is shown as such."""
+
+    def run(options):
+        raise error
+
+    monkeypatch.setattr("ptuning_fast.cli.predict.run", run)
+    if status is None:
+        with pytest.raises(type(error)):
+            main(["predict", "--adapter", "x", "--text", "x"])
+    else:
+        assert main(["predict", "--adapter", "x", "--text", "x"]) == status
+        assert capsys.readouterr().err == "error: Missing [UNK] token\n"
