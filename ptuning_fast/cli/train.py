@@ -36,7 +36,8 @@ def run(options: Namespace) -> None:
         with claimed(options) if state.is_main_process else nullcontext():
             _train(task, options, state)
     finally:
-        gc.collect()  # whatever still holds the process group: its threads would abort a process that ends before them
+        if state.use_distributed:
+            gc.collect()  # what still holds the process group: its threads would abort a process that ends before them
         state.destroy_process_group()
 
 

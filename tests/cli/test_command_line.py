@@ -449,34 +449,6 @@ def test_as_a_program(tmp_path):
     assert run.stderr.strip() == "error: missing.csv: there is no such file"
 
 
-def test_two_processes_are_one_training(rows, encoder, tmp_path, capsys):
-    """Every figure is that of one process, and is printed once; so is the adapter, up to rounding.
-
-    There are 48 texts to train on and 12 held out, so the last batch of each has too few for both processes.
-    """
-    options = ["train", "--train-file", write(tmp_path / "rows.csv", rows), "--model", encoder, "--epochs", "3"]
-    options += ["--batch-size", "44", "--learning-rate", "0.05", "--prompt-length", "4", "--output"]
-    assert main([*options, str(tmp_path / "one")]) == 0
-    expected = capsys.readouterr().out
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "ptuning_fast", *options, str(tmp_path / "two")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-
-    def figures(printed):
-        lines = [line for line in printed.replace("/one", "/two").splitlines() if "examples/s" not in line]
-        return lines
-
-    assert figures(run.stdout) == figures(expected)
-    assert "6 steps, loss" in expected and "held-out accuracy" in expected
-    tensors, settings = adapter.load(tmp_path / "two")
-    expected_tensors, expected_settings = adapter.load(tmp_path / "one")
-    assert settings == expected_settings
-    for name, tensor in expected_tensors.items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
-
-
 def test_a_batch_that_cannot_be_split(rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(accelerate, "PartialState", lambda cpu: SimpleNamespace(num_processes=3))
     options = ["--train-file", write(tmp_path / "rows.csv", rows), "--output", str(tmp_path / "adapter")]

@@ -2,11 +2,8 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -15,16 +12,14 @@ import safetensors
 import torch
 import transformers
 import zoo
-from packaging.version import Version
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
-from ptuning_fast.cli import fit, tasks
+from ptuning_fast.cli import tasks
 from ptuning_fast.cli.main import main, parser
-from ptuning_fast.files import adapter
 from ptuning_fast.op import functional
 from ptuning_fast.texts import tables, tokens
 
@@ -296,38 +291,6 @@ def test_special_tokens_and_spaces_that_were_learned_are_written(untrained, tmp_
     monkeypatch.setattr("ptuning_fast.SoftPrompt.generate", lambda *_, **__: torch.tensor([[special, 7, 0, special]]))
     monkeypatch.setattr("ptuning_fast.PromptedModel.from_pretrained", None)
     assert predicted(folder, "Parse it", capsys) == [f"lo{tokenizer.decode([7])}"]
-
-
-def test_two_processes_are_one_training(language_model, tmp_path, rows, capsys, monkeypatch):
-    """Texts of different lengths, and a last batch that one process has no text of: the losses of one process.
-
-    Two go on with what one began, within an epoch; the other epoch they have from its beginning. (On CPUs the Trainer
-    of transformers 5.17 cannot load an optimizer's state into two processes: there they begin.)
-    """
-    going_on = Version(transformers.__version__) >= Version("5.23")
-    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text, _ in rows[:51]))
-    options = ["--batch-size", "10", "--epochs", "2", "--prompt-length", "4", "--learning-rate", "0.05"]
-    texts = ["--train-file", str(tmp_path / "texts.jsonl")]
-    given = ["train", "--task", "lm", "--model", language_model, *texts, *options]
-    assert main([*given, "--output", str(tmp_path / "one")]) == 0
-    expected = capsys.readouterr().out
-    assert "41 texts to train on, 10 held out, whole texts;" in expected
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    if going_on:
-        monkeypatch.setattr(fit._LossInBar, "on_save", interrupted)
-        assert main([*given, "--output", str(tmp_path / "two"), "--save-steps", "3"]) == 130
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "ptuning_fast", *given, "--output", str(tmp_path / "two"), *["--resume"] * going_on]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    printed = run.stdout.replace(f"going on from {tmp_path / 'two/checkpoints/checkpoint-3'}\n", "")
-    assert printed == expected.replace("/one", "/two") and (printed != run.stdout) == going_on
-    tensors, expected_tensors = (adapter.load(tmp_path / one)[0] for one in ("two", "one"))
-    torch.testing.assert_close(tensors["prompt_embeddings"], expected_tensors["prompt_embeddings"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ CASES = [
 ]
 CASES += [f"ddp_both {mode}" for mode in MODES["prompt"]]
 CASES += [f"fsdp_{of} {mode}" for of in ("model", "base", "both") for mode in MODES["prompt"]]
-CASES += ["saved_by_fsdp prepend"]
+CASES += ["fsdp_table prepend", "saved_by_fsdp prepend"]
 TOLERANCE = 3e-5
 """Relative to the largest of its kind, in fp32 after three steps of AdamW; without an average, 0.1 and more."""
 

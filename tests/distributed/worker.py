@@ -14,6 +14,8 @@ import traceback
 import warnings
 from pathlib import Path
 
+import pytest
+import sweep
 import torch
 import torch.distributed as dist
 import zoo
@@ -25,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 from ptuning_fast.files import adapter
+from ptuning_fast.models.embedding import unreadable
 
 STEPS = 3
 TEXTS = zoo.texts([4, 11, 1, 17])  # the two processes have texts of other lengths, and other numbers of tokens
@@ -168,6 +171,27 @@ def fsdp_model(mode):
     module = Causal(frozen("Llama"), mode)
     sharded(module.model)
     return curve(beside(DDP(module.prompt), module), OWN, module.total, [module.prompt.prompt_embeddings])
+
+
+@case("prepend")
+def fsdp_table(mode):
+    """FSDP2 has sharded the table by itself: hooks on it are seen; and a model in shards is probed."""
+    module = Causal(frozen("Llama"), mode)
+    table = fully_shard(module.model.get_input_embeddings())
+    sharded(module.model)
+    assert isinstance(table.weight, DTensor)
+    assert type(module.prompt(*zoo.padded(TEXTS, "right"))["inputs_embeds"]) is torch.Tensor
+    found = curve(beside(DDP(module.prompt), module), OWN, module.total, [module.prompt.prompt_embeddings])
+    table.register_forward_hook(lambda module, args, out: 2 * out)
+    assert "hooks" in unreadable(table)
+
+    windowed = sharded(sweep.build("qwen2_moe", "Qwen2MoeForCausalLM", "sdpa"))
+    refused = r"\bQwen2MoeForCausalLM, probed, .* a sliding window is in its mask alone"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(TypeError, match=refused):
+            SoftPrompt(windowed, zoo.M)(*zoo.padded(TEXTS, "left"), mode="packed")
+    return found
 
 
 @case("prepend", "packed", "shared")

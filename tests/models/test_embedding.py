@@ -3,7 +3,6 @@
 import warnings
 
 import pytest
-import sweep
 import torch
 import zoo
 from torch import nn
@@ -131,67 +130,6 @@ def test_meta_weights():
         SoftPrompt(model, zoo.M, init=torch.zeros(zoo.M, zoo.D))(torch.zeros(1, 3, dtype=torch.int64)).popitem()[
             1
         ].sum().item()
-
-
-def sharded(rank, world_size, folder):
-    """One process of FSDP2: the table is a DTensor, of which each process has half."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    try:
-        for with_a_group_of_its_own in (True, False):
-            as_without_sharding(with_a_group_of_its_own)
-        refused_in_packed()
-    finally:
-        dist.destroy_process_group()
-
-
-def as_without_sharding(with_a_group_of_its_own):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    plain = zoo.build("Llama")
-    start = torch.randn(zoo.M, zoo.D, generator=torch.Generator().manual_seed(8))
-    ids, mask = zoo.padded(zoo.texts(), "left")
-    expected = plain(**SoftPrompt(plain, zoo.M, init=start)(ids, mask)).logits
-
-    model = zoo.build("Llama")
-    if with_a_group_of_its_own:
-        fully_shard(model.get_input_embeddings())
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    assert isinstance(model.get_input_embeddings().weight, DTensor)
-    prompt = SoftPrompt(model, zoo.M, init=start)
-    with pytest.warns(UserWarning, match="is sharded: its table is gathered"):
-        inputs = prompt(ids, mask)
-    assert type(inputs["inputs_embeds"]) is torch.Tensor
-    out = model(**inputs).logits
-    assert (out - expected)[mask.new_ones(out.shape[:2]).bool()].abs().max() <= zoo.TOLERANCE
-    out.square().mean().backward()
-    assert prompt.prompt_embeddings.grad.abs().max() > 0
-    model.get_input_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
-    assert "hooks" in unreadable(model.get_input_embeddings())
-
-
-def refused_in_packed():
-    from torch.distributed.fsdp import fully_shard
-
-    ids, mask = zoo.padded(zoo.texts(), "left")
-    other = sweep.build("qwen2_moe", "Qwen2MoeForCausalLM", "sdpa")
-    for layer in other.model.layers:
-        fully_shard(layer)
-    fully_shard(other)
-    with pytest.raises(TypeError, match=r"\bQwen2MoeForCausalLM, probed, .* a sliding window is in its mask alone"):
-        SoftPrompt(other, zoo.M)(ids, mask, mode="packed")
-
-
-def test_sharded_table(tmp_path):
-    """Two real processes."""
-    pytest.importorskip("torch.distributed.fsdp")
-    if not torch.distributed.is_available():
-        pytest.skip("this torch has no distributed package")
-    torch.multiprocessing.spawn(sharded, args=(2, str(tmp_path)), nprocs=2)
 
 
 def test_hooks_on_every_module():

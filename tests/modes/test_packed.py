@@ -411,7 +411,7 @@ def test_compiled():
     prompt = SoftPrompt(model, zoo.M)
     inputs = prompt(*zoo.padded(zoo.texts(), "right"), mode="packed")
     expected = model(**inputs).logits
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     assert_close(compiled(**inputs).logits, expected)
     theirs = SoftPrompt(compiled, zoo.M, init=prompt.prompt_embeddings)
     assert_close(compiled(**theirs(*zoo.padded(zoo.texts(), "right"), mode="packed")).logits, expected)

@@ -234,18 +234,6 @@ def test_the_result_can_be_changed_in_place(backend, layout):
     assert torch.equal(actual, 2 * expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"adjacent": True}], ids=["plain", "adjacent"])
-def test_compiled_for_several_shapes(monkeypatch, options):
-    """On a CPU, where Triton's interpreter is nothing to trace through: sizes that change are symbols."""
-    monkeypatch.setattr(functional, "kernels", None)
-    torch._dynamo.reset()
-    compiled = torch.compile(prepend_prompt, backend="aot_eager", dynamic=True)
-    for B, n in ((8, 64), (8, 70), (6, 50)):
-        arguments = case(B=B, n=n, m=5, d=256) | options
-        expected = reference.prepend_prompt(**arguments)
-        assert_same(compiled(**arguments), expected)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bank", [False, True])
 def test_the_torch_backend_sums_half_precision_in_fp32(monkeypatch, dtype, bank):
