@@ -50,7 +50,7 @@ SMALL = {
     "num_hidden_groups moe_layer_start_index num_nextn_predict_layers",
     128: "max_position_embeddings n_positions max_seq_len max_sequence_length seq_length max_target_positions n_ctx",
     WINDOW: "sliding_window attention_window local_attention window_size attention_chunk_size "
-    "attention_window_size local_window_size sliding_window_size",
+    "attention_window_size local_window_size sliding_window_size expert_capacity floor_scale",
 }
 SETTINGS = {name.strip(): size for size, names in SMALL.items() for name in names.split()}
 SETTINGS |= {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
@@ -68,6 +68,7 @@ NEEDS = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_d_head": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "llama4_text": {"no_rope_layers": [1, 0, 0]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"head_dim": 16},
     "gemma4_text": {"num_kv_shared_layers": 0},

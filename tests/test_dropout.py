@@ -4,6 +4,8 @@ Of one text there are many rows in one batch, each of which draws for itself. Th
 model's, up to what so many draws leave to chance.
 """
 
+import functools
+
 import pytest
 import torch
 import zoo
@@ -49,6 +51,12 @@ def plain(model, vectors):
     return hidden[torch.arange(len(ids)), last].unflatten(0, (ROWS, 2)).transpose(0, 1)
 
 
+@functools.cache
+def expected_of(name, kind):
+    model = with_dropout(name, kind)
+    return plain(model, prompt_of(model).prompt_embeddings)
+
+
 def served(prompt, mode):
     """The same by SoftPrompt."""
     ids, mask = batch()
@@ -87,8 +95,7 @@ def apart(one, other):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_soft_prompt(name, kind, mode):
     model = with_dropout(name, kind)
-    prompt = prompt_of(model)
-    expected = plain(model, prompt.prompt_embeddings)
+    prompt, expected = prompt_of(model), expected_of(name, kind)
     torch.manual_seed(4)
     assert apart(served(prompt, mode), expected) < SIGMAS
     assert not torch.equal(served(prompt, mode), served(prompt, mode)), "drawn once for all"
@@ -101,8 +108,7 @@ def test_soft_prompt(name, kind, mode):
 @pytest.mark.parametrize("kind", KINDS["BERT"])
 def test_fast_ptuning(kind, mode, prune):
     model = with_dropout("BERT", kind)
-    vectors = prompt_of(model).prompt_embeddings
-    expected = plain(model, vectors)
+    vectors, expected = prompt_of(model).prompt_embeddings, expected_of("BERT", kind)
     torch.manual_seed(4)
     found, fast = classified(model, vectors, mode=mode, prune=prune)
     assert fast.prune == prune
@@ -114,8 +120,7 @@ def test_fast_ptuning(kind, mode, prune):
 def test_the_check_can_fail(name, kind):
     """No dropout, dropout twice, and one draw for all rows are seen."""
     model = with_dropout(name, kind)
-    vectors = prompt_of(model).prompt_embeddings
-    expected = plain(model, vectors)
+    vectors, expected = prompt_of(model).prompt_embeddings, expected_of(name, kind)
     twice = with_dropout(name, kind, 1 - (1 - RATE) ** 2)
     for broken in (
         plain(model.eval(), vectors),

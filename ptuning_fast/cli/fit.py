@@ -77,11 +77,14 @@ def trainer_of(model: nn.Module, collator: Any, train: list[Any], held_out: list
 
 
 class _LossInBar(ProgressCallback):
-    """The progress bar, with the last loss in it instead of lines between; and the last steps' loss among the logs."""
+    """The progress bar, with the last loss in it instead of lines between; and what else there is at the last step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        control.should_log |= state.global_step >= state.max_steps
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            # Resumed from the end of a part of an epoch, a Trainer goes one step further.
+            control.should_save &= args.num_train_epochs % 1 == 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in logs:

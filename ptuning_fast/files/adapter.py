@@ -186,6 +186,11 @@ def is_first(tensors: Iterable[Any]) -> bool:
 def as_bytes(tensors: dict[str, Tensor], settings: dict) -> bytes:
     """A safetensors file of `tensors`, with `settings` and the checksum in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(tensors.items())}
+    tensors = {  # safetensors refuses what shares memory, as a tied head does
+        name: tensor if first[tensor.untyped_storage().data_ptr()] == name else tensor.clone()
+        for name, tensor in tensors.items()
+    }
     metadata = {"format": "pt", "ptuning_fast": json.dumps(settings, ensure_ascii=False)}
     content = safetensors_bytes(tensors, metadata | dict.fromkeys(_CHECKSUMS, "0" * 64))
     return _with_checksum(content, _checksum(content))

@@ -34,12 +34,15 @@ TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
-_SUBMODULES = "num_transformer_submodules"
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def peft_config(model: Any, base_model: str, length: int, d: int) -> dict[str, Any]:
-    """The settings of a PROMPT_TUNING adapter for `model`, with the keys that PEFT writes."""
+def peft_config(model: Any, base_model: str, length: int, d: int, modules: set[str]) -> dict[str, Any]:
+    """The settings of a PROMPT_TUNING adapter for `model`, with the keys that PEFT writes.
+
+    Args:
+        modules: those of the model that go with the prompt. PEFT saves those alone again that it knows or is told.
+    """
     task, model = task_of(model), unwrapped(model)
     text = model.config.get_text_config()
     return {
@@ -49,7 +52,7 @@ def peft_config(model: Any, base_model: str, length: int, d: int) -> dict[str, A
         "base_model_name_or_path": base_model or None,
         "revision": None,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(modules) or None,
         "num_attention_heads": getattr(text, "num_attention_heads", 1),
         "num_layers": getattr(text, "num_hidden_layers", 1),
         "num_transformer_submodules": 1,
@@ -165,8 +168,8 @@ def load(folder: str | Path) -> Saved:
     rows = tensors.pop("prompt_embeddings", None)
     if rows is not None:
         # PEFT keeps a second prompt for the decoder of an encoder-decoder, which its forward does not use.
-        m, copies = config.get("num_virtual_tokens"), config.get(_SUBMODULES)
-        twice = type(m) is int and copies == 2 and rows.shape[:1] == (2 * m,)
+        m = config.get("num_virtual_tokens")
+        twice = config.get("task_type") == "SEQ_2_SEQ_LM" and type(m) is int and rows.shape[:1] == (2 * m,)
         parameters.setdefault("prompt_embeddings", rows[:m] if twice else rows)
     head = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
     return _checked(folder, Saved(parameters, head, config, settings if settings is not config else {}))
@@ -183,6 +186,9 @@ def _checked(folder: Path, saved: Saved) -> Saved:
             f"the adapter in {folder} is damaged: its prompt is {shape}, and its settings say "
             f"num_virtual_tokens={m!r}, num_prompts={K!r}"
         )
+    modules = saved.config.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ValueError(f"the adapter in {folder} is damaged: its modules_to_save are {modules!r}")
     for name, tensor in saved.parameters.items():
         if not tensor.is_floating_point():
             raise ValueError(f"the adapter in {folder} is damaged: {name} is {tensor.dtype}, not a float dtype")

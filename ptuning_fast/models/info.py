@@ -26,7 +26,7 @@ class ModelInfo:
     position_start: int  # the position of the first real token
     max_positions: int | None  # the longest sequence, virtual tokens included; None: any
     steady_length: int | None  # the longest text whose outputs do not depend on the batch's other texts; None: any
-    counts_columns: bool  # learned positions are those of the columns, and it cannot be told others
+    counts_columns: int | None  # a row of more columns has padding counted as text, and it cannot be told; None: any
     pooled: str | None  # which end of a row a sequence classifier reads: "left" (encoders), "right" (decoders)
     labels_are_rows: bool  # labels belong to whole rows, or to the decoder of an encoder-decoder, whatever their shape
     per_token: bool  # outputs and labels are one per token
@@ -37,13 +37,18 @@ class ModelInfo:
     finds_images: bool  # positions of images are found in the input_ids, of which a prompt has none
 
     def check_room(self, length: int, input_ids: Tensor) -> None:
-        """ValueError where m = `length` and the n of [B, n] are more than the model has positions, or B is 0.
+        """ValueError where m = `length` and the n of [B, n] are more than the model has positions, or for other shapes.
 
         A warning where they are so many that outputs depend on the batch.
         """
         if not isinstance(input_ids, Tensor):
             way_out = ": give its parts, **batch" if hasattr(input_ids, "keys") else ""
             raise TypeError(f"input_ids must be a torch.Tensor, not {type(input_ids).__name__}{way_out}")
+        if input_ids.dim() != 2:
+            raise ValueError(
+                f"input_ids must be [batch, tokens]; its shape is {tuple(input_ids.shape)}: give the choices of each "
+                "text below each other, [B * C, n]"
+            )
         if input_ids.shape[:1] == (0,):
             raise ValueError("input_ids has no rows: a batch without texts has no output and no loss, so leave it out")
         most, n = self.max_positions, input_ids.shape[-1]
@@ -98,8 +103,8 @@ class ModelInfo:
         """`position_start` where the model takes position_ids and would else count padding."""
         return None if attention_mask is None or "position_ids" not in self.takes else self.position_start
 
-    def turned(self, batch: Batch) -> Batch:
-        """The batch with its padding where the model wants it.
+    def turned(self, batch: Batch, m: int) -> Batch:
+        """The batch, which gets m virtual tokens, with its padding where the model wants it.
 
         Raises:
             ValueError: padding on the left for a model that counts columns.
@@ -107,10 +112,12 @@ class ModelInfo:
         mask = batch.attention_mask
         if mask is None or mask.shape != batch.input_ids.shape:  # the op says what is wrong with it
             return batch
-        if self.counts_columns and (mask[:, :1] == 0).any():
+        most = self.counts_columns
+        if most is not None and m + mask.shape[1] > most and (mask[:, :1] == 0).any():
             raise ValueError(
-                f"{self.name} counts padding on the left as positions, and cannot be told others: "
-                "pad on the right (tokenizer.padding_side = 'right')"
+                f"{self.name} counts padding on the left as text"
+                + f", in rows of more than {most} columns," * bool(most)
+                + " and cannot be told not to: pad on the right (tokenizer.padding_side = 'right')"
             )
         if self.has_pooler and self.adjacent and self.pooled is None and (mask[:, :1] == 0).any():
             warnings.warn(
@@ -248,7 +255,8 @@ def _refuse(model: Any) -> None:
 
 def _pooled_end(model: Any) -> str | None:
     # A decoder's classifier finds the last token in the input_ids; given inputs_embeds it takes the last column.
-    kinds: list[Any] = [kind for kind in type(model).__mro__ if kind.__name__.endswith("ForSequenceClassification")]
+    ends = ("ForSequenceClassification", "ForMultipleChoice")
+    kinds: list[Any] = [kind for kind in type(model).__mro__ if kind.__name__.endswith(ends)]
     if not kinds:
         return None
     codes = [inspect.unwrap(kind.forward).__code__ for kind in kinds]

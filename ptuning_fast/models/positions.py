@@ -61,11 +61,22 @@ def steady_length(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def counts_columns(model: nn.Module) -> bool:
-    """Whether absolute positions are those of the columns, padding counted, and nothing can be done about it (BART)."""
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        return False
-    return any(name.rpartition(".")[2] in _TABLES for name, _ in model.named_modules())
+def counts_columns(model: nn.Module) -> int | None:
+    """From how many columns of a row on padding counts as text, and nothing can be done about it; None: never.
+
+    0 where absolute positions are those of the columns (BART). A router that an `expert_capacity` has gives padding
+    its experts' places (Switch Transformers), and layers without rotary positions that scale by the column do so from
+    `floor_scale` on (Llama 4).
+    """
+    limits = []
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        limits += [0 for name, _ in model.named_modules() if name.rpartition(".")[2] in _TABLES]
+    for held in map(vars, model.modules()):
+        if "expert_capacity" in held:
+            limits.append(held["expert_capacity"])
+        if held.get("attn_temperature_tuning") and not held.get("use_rope", True):
+            limits.append(int(held["floor_scale"]) - 1)
+    return min(limits, default=None)
 
 
 def _table(model: nn.Module) -> Any:

@@ -159,8 +159,10 @@ def _check(model: Any) -> None:
         raise TypeError(f"{name} is more than a text model, which packed batches are for: take mode='prepend'")
     if getattr(config, "add_cross_attention", False):
         raise TypeError(f"{name} attends to states of each row, which packed batches do not have: take mode='prepend'")
-    if counts_columns(model):
-        raise TypeError(f"{name} takes no position_ids, which packed batches need: take mode='prepend'")
+    if counts_columns(model) is not None:
+        raise TypeError(
+            f"{name} counts columns, and takes no position_ids there, which packed batches need: take mode='prepend'"
+        )
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds <= {"full_attention", "sliding_attention"}:
         others = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))

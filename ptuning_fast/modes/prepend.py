@@ -25,13 +25,13 @@ class Prepend(Mode):
     def __init__(self, model: nn.Module, info: ModelInfo):
         super().__init__(model, info)
         if self.probe(model):
-            self.info = dataclasses.replace(info, counts_columns=True)
+            self.info = dataclasses.replace(info, counts_columns=0)
 
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         info, mask = self.info, batch.attention_mask
         start, additive = info.positions_for(mask), layout.additive_mask
         layout = Layout(start, adjacent=info.adjacent, lengths=layout.lengths, additive_mask=additive)
-        return prepend(model.get_input_embeddings(), info.turned(batch), prompt, layout)
+        return prepend(model.get_input_embeddings(), info.turned(batch, prompt.vectors.shape[-2]), prompt, layout)
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         return embedded.as_inputs()
@@ -40,6 +40,6 @@ class Prepend(Mode):
         return self.info.turned_back(rows[:, m:], batch)
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
-        mask = self.info.turned(batch).attention_mask
+        mask = self.info.turned(batch, m).attention_mask
         assert mask is not None
         return places_in_rows(mask, m)

@@ -42,6 +42,7 @@ class Saving(nn.Module):
     num_prompts: int | None
     base_model: str
     _came_with: frozenset[str] = frozenset()  # names of the model's parameters that its adapter brought
+    _came_as: frozenset[str] = frozenset()  # and PEFT's names of the modules that these are of
 
     def final_prompt(self) -> Tensor:
         """The prompt as it is kept: [m, d] or [K, m, d], without the encoder's dropout.
@@ -61,8 +62,9 @@ class Saving(nn.Module):
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
         rows = self.final_prompt()
         parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
+        modules = {name.partition(".")[0] for name in head} | self._came_as
         head |= {name: tensor for name, tensor in unwrapped(self.model).state_dict().items() if name in self._came_with}
-        config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1])
+        config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings
         settings = {"num_prompts": self.num_prompts, "encoder": encoder, "with_adapter": has_adapter(self.model)}
         saved = peft.Saved(adapter.whole(parameters), adapter.whole(head), config, settings)
@@ -169,7 +171,7 @@ class Saving(nn.Module):
         folder = hub.local(folder)
         saved = peft.load(folder)
         check_base(model, saved, folder, any_base)
-        tensors, head, _, settings = saved
+        tensors, head, config, settings = saved
         options = {f"encoder_{key}": value for key, value in (settings.get("encoder") or {}).items() if key != "kind"}
         kind = (settings.get("encoder") or {}).get("kind")
         start = torch.zeros(tensors["prompt_embeddings"].shape[-2:])
@@ -184,5 +186,5 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
-        prompt._came_with = frozenset(head)
+        prompt._came_with, prompt._came_as = frozenset(head), frozenset(config.get("modules_to_save") or ())
         return prompt.eval()

@@ -90,7 +90,7 @@ def test_a_checkpoint_is_whole_when_every_process_has_written(command, tmp_path,
         wait(self)
 
     monkeypatch.setattr(accelerate.Accelerator, "wait_for_everyone", waiting)
-    assert main([*command, "--epochs", "0.6", "--output", str(tmp_path)]) == 0
+    assert main([*command, "--epochs", "0.6", "--save-steps", "3", "--output", str(tmp_path)]) == 0
     whole = [files for files in found if "rng_state.pth" in files and "trainer_state.json" not in files]
     assert len(whole) == 2 and "optimizer.pt" in whole[0]
 
@@ -140,6 +140,21 @@ def test_killed_before_the_first_checkpoint(command, tmp_path, capsys, monkeypat
     assert json.loads((tmp_path / "a/checkpoints/options.json").read_text())["epochs"] == 0.2
     assert main([*command, "--epochs", "0.2", "--output", str(tmp_path / "a"), "--resume"]) == 0
     assert "there is no checkpoint yet" in capsys.readouterr().out
+
+
+def test_killed_behind_the_last_step_of_a_part_of_an_epoch(command, tmp_path, capsys, monkeypatch):
+    """There it goes on from before, as a Trainer that goes on from the last step would make one more."""
+    given = [*command, "--epochs", "1.2", "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr("ptuning_fast.FastPTuning.save_pretrained", Mock(side_effect=KeyboardInterrupt))
+        assert main([*given, str(tmp_path / "killed")]) == 130
+    capsys.readouterr()
+    assert main([*given, str(tmp_path / "killed"), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-14" in printed and "15 steps, loss" in printed
+    assert main([*given, str(tmp_path / "whole")]) == 0
+    (tensors, _), (expected, _) = (adapter.load(tmp_path / one) for one in ("killed", "whole"))
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_one_training_at_a_time(command, tmp_path, capsys, monkeypatch):
@@ -195,7 +210,7 @@ def test_what_is_not_ours_stays(command, tmp_path, capsys):
 
 def test_a_full_disk(command, tmp_path, capsys, monkeypatch):
     """One line, wherever it shows; a checkpoint is written by libraries with errors of their own."""
-    given = [*command, "--epochs", "0.1", "--output", str(tmp_path / "a"), "--overwrite"]
+    given = [*command, "--epochs", "0.1", "--save-steps", "1", "--output", str(tmp_path / "a"), "--overwrite"]
     full, save = OSError(28, "No space left on device"), "transformers.Trainer._save_checkpoint"
     for place, error, message in (
         ("ptuning_fast.files.adapter.replace", full, "cannot write to the folder"),

@@ -22,7 +22,7 @@ def test_one_graph_serves_all_lengths(layout, backend):
     one_graph(layout, backend, dynamic=None)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["prepend", "adjacent", "packed", "packed, lengths known"])
 def test_lengths_are_symbols_at_once(layout, torch_backend):
     """Without Triton's interpreter; the operators around the kernels have symbols in the second graph above."""
     one_graph(layout, torch.device("cpu"), dynamic=True)
@@ -52,9 +52,8 @@ def one_graph(layout, backend, dynamic):
     assert graphs.frame_count <= 2  # the second time, whatever has changed becomes a symbol
 
 
-@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize(("B", "bank"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("bank", [False, True])
 def test_the_operators_are_what_they_are_declared_to_be(layout, B, bank):
     """Schema, aliases, fake outputs and graphs of the two that torch.compile sees instead of the kernels."""
     traced_kernels = pytest.importorskip("ptuning_fast.op.traced_kernels", reason="Triton does not run here")

@@ -1,0 +1,128 @@
+"""Heads, and whatever else of a model goes with a prompt into PEFT's files, both ways."""
+
+import copy
+import warnings
+
+import pytest
+import sweep
+import torch
+import transformers
+import zoo
+
+from ptuning_fast import SoftPrompt
+from ptuning_fast.files import adapter
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+
+
+def classifier():
+    """With a head that is not the one that seed 0 gives it, as after training."""
+    model, generator = zoo.build("BERT", "BertForSequenceClassification"), torch.Generator().manual_seed(3)
+    for parameter in model.classifier.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_another_head(tmp_path):
+    SoftPrompt(classifier(), zoo.M).save_pretrained(tmp_path)
+    model = zoo.build("BERT", "BertForSequenceClassification", num_labels=5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"classifier.*\[2.*has \[5.*num_labels"):
+        SoftPrompt.from_pretrained(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_heads_of_two_adapters(tmp_path):
+    """A model has one head: that of the first is gone, and somebody says so; the same again says nothing."""
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for seed, folder in enumerate(folders):
+        trained = classifier()
+        trained.classifier.weight.data += seed
+        SoftPrompt(trained, zoo.M).save_pretrained(folder)
+    model = classifier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            SoftPrompt.from_pretrained(model, folders[0])
+    with pytest.warns(UserWarning, match=r"came with the adapter in .*one, and is now that of .*other"):
+        SoftPrompt.from_pretrained(model, folders[1])
+
+
+def test_a_compiled_classifier_keeps_its_head(tmp_path):
+    model = zoo.build("BERT", "BertForSequenceClassification", num_labels=3)
+    SoftPrompt(torch.compile(model), 5).save_pretrained(tmp_path)
+    tensors, settings = adapter.load(tmp_path)
+    assert settings["config"]["task_type"] == "SEQ_CLS"
+    assert "base_model.classifier.weight" in tensors
+    SoftPrompt.from_pretrained(torch.compile(model), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_came_with_a_prompt_is_saved_with_it(tmp_path):
+    """PEFT keeps a head of a language model where it is told to."""
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(zoo.build("Llama"), settings)
+    torch.nn.init.normal_(theirs.get_output_embeddings().modules_to_save["default"].weight)
+    theirs.save_pretrained(tmp_path / "theirs")
+    one = SoftPrompt.from_pretrained(zoo.build("Llama"), tmp_path / "theirs")
+    one.save_pretrained(tmp_path / "ours")
+    again = SoftPrompt.from_pretrained(zoo.build("Llama"), tmp_path / "ours")
+    assert not torch.equal(one.model.lm_head.weight, zoo.build("Llama").lm_head.weight)
+    assert torch.equal(again.model.lm_head.weight, one.model.lm_head.weight)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "class_name"),
+    [("deberta-v2", "DebertaV2"), ("modernbert", "ModernBert"), ("xlnet", "XLNet"), ("distilbert", "DistilBert")],
+)
+def test_a_head_of_several_modules_goes_through_pefts_hands(tmp_path, kind, class_name):
+    """PEFT saves again what it is told to, beside the modules that it knows by name."""
+    trained = sweep.build(kind, f"{class_name}ForSequenceClassification", "eager")
+    SoftPrompt(trained, 3).save_pretrained(tmp_path / "ours")
+    expected, _ = adapter.read(tmp_path / "ours" / adapter.WEIGHTS)
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if f"base_model.{name}" in expected:
+                parameter.add_(1)
+    peft.PeftModel.from_pretrained(other, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    found, _ = adapter.read(tmp_path / "theirs" / adapter.WEIGHTS)
+    assert len(expected) > 3 and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rows_that_came_with_a_prompt_of_a_tied_model(tmp_path):
+    """Both are in PEFT's file, and in ours."""
+    zoo.build("GPT-2").save_pretrained(tmp_path / "base")
+
+    def resized():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(zoo.V + 5)
+        return model
+
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(resized(), settings).save_pretrained(tmp_path / "theirs")
+    SoftPrompt.from_pretrained(resized(), tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    theirs, ours = (adapter.read(tmp_path / name / adapter.WEIGHTS)[0] for name in ("theirs", "ours"))
+    assert len(theirs) == 3 and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("modules", ["score", [1], {"score": 1}])
+def test_modules_that_are_no_names(tmp_path, modules):
+    model = zoo.build("Llama")
+    SoftPrompt(model, 5).save_pretrained(tmp_path)
+    tensors, settings = adapter.load(tmp_path)
+    adapter.save(tmp_path, tensors, settings | {"config": settings["config"] | {"modules_to_save": modules}})
+    with pytest.raises(ValueError, match="is damaged: its modules_to_save are"):
+        SoftPrompt.from_pretrained(model, tmp_path)
+
+
+def test_a_head_that_cannot_be_brought(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    SoftPrompt(classifier(), 3).save_pretrained(tmp_path)
+    model = accelerate.cpu_offload(classifier(), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"is offloaded or sharded, and the adapter in .* load the adapter before"):
+        SoftPrompt.from_pretrained(model, tmp_path)
