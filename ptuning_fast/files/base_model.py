@@ -70,19 +70,40 @@ def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> 
                 f"{name} of {type(model).__name__} is offloaded or sharded, and the adapter in {folder} brings its "
                 "own: load the adapter before"
             )
+        _check_tied(model, own, name, head, folder)
     warn_of_rounding(own, head, folder)
-    before = _HEADS.get(model)
-    if head and before not in (None, str(folder)):
+    before = _BROUGHT.setdefault(model, {})
+    others = {name: one for name, one in before.items() if one != str(folder)}
+    for name in [*(others.keys() & head.keys())][:1]:
         warnings.warn(
-            f"the head of {type(model).__name__} came with the adapter in {before}, and is now that of {folder}: a "
-            "prompt that was loaded before is without its own; load each for a model of its own",
+            f"the head of {type(model).__name__} came with the adapter in {others[name]}, and is now that of {folder}: "
+            "a prompt that was loaded before is without its own; load each for a model of its own",
+            stacklevel=3,
+        )
+    for name in sorted(others.keys() - head.keys())[:1]:
+        warnings.warn(
+            f"{name} of {type(model).__name__} came with the adapter in {others[name]}, and the one in {folder} brings "
+            "none, so it is with another than it was trained with: load each for a model of its own",
             stacklevel=3,
         )
     with torch.no_grad():
         for name, tensor in head.items():
             own[name].copy_(tensor)
-    if head:
-        _HEADS[model] = str(folder)
+            before[name] = str(folder)
+
+
+def _check_tied(
+    model: nn.Module, own: Mapping[str, Tensor], name: str, head: dict[str, Tensor], folder: str | Path
+) -> None:
+    """ValueError where `name` is tied to a table of embeddings, and the adapter has its own, a copy that PEFT made."""
+    tied = [one for one, tensor in own.items() if tensor.data_ptr() == own[name].data_ptr() and tensor.numel()]
+    tables = [one for one in tied if isinstance(model.get_submodule(one.rpartition(".")[0]), nn.Embedding)]
+    apart = any(one in head and not torch.equal(head[one], head[name]) for one in tied)
+    if apart or (tables and head.keys().isdisjoint(tables)):
+        raise ValueError(
+            f"{name} of {type(model).__name__} is tied to {(tables or tied)[0]}, and the adapter in {folder} brings "
+            "its own: load the model with tie_word_embeddings=False, which leaves the head to the adapter"
+        )
 
 
 def warn_of_rounding(own: Mapping[str, Tensor], saved: dict[str, Tensor], folder: str | Path) -> None:
@@ -96,4 +117,5 @@ def warn_of_rounding(own: Mapping[str, Tensor], saved: dict[str, Tensor], folder
         )
 
 
-_HEADS: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()  # the adapter that a model's head came with
+_BROUGHT: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
+"""The adapters that parameters of a model came with, by their names."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..models.info import is_a, unwrapped
 from . import adapter
 
-__all__ = ["Saved", "bank_size", "head_of", "load", "peft_config", "remove_bank", "save", "task_of"]
+__all__ = ["Saved", "bank_size", "head_of", "load", "modules_of", "peft_config", "remove_bank", "save", "task_of"]
 
 OURS = "ptuning_fast."
 FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
@@ -80,6 +80,16 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
             name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
         ]
     return {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] not in inner}
+
+
+def modules_of(model: Any, head: dict[str, Tensor]) -> set[str]:
+    """The modules that the parameters `head_of` gives are of, but for those whose names PEFT takes for others', too.
+
+    It goes by the end of a module's name.
+    """
+    tops = {name.partition(".")[0] for name in head}
+    others = [name for name, _ in unwrapped(model).named_modules() if name.partition(".")[0] not in tops]
+    return {top for top in tops if not any(name.endswith(top) for name in others)}
 
 
 def task_of(model: Any) -> str:

@@ -103,6 +103,19 @@ class ModelInfo:
         """`position_start` where the model takes position_ids and would else count padding."""
         return None if attention_mask is None or "position_ids" not in self.takes else self.position_start
 
+    def check_left(self, attention_mask: Tensor | None, columns: int) -> None:
+        """ValueError for padding on the left where a model counts it as text, in rows of so many columns."""
+        most, mask = self.counts_columns, attention_mask
+        if most is None or mask is None or mask.dim() != 2 or columns <= most:
+            return
+        if (mask[:, :1] == 0).any():
+            raise ValueError(
+                f"{self.name} counts padding on the left as text"
+                + f", in rows of more than {most} columns," * bool(most)
+                + " and cannot be told not to: pad on the right (tokenizer.padding_side = 'right'), or give it texts of "
+                "one length"
+            )
+
     def turned(self, batch: Batch, m: int) -> Batch:
         """The batch, which gets m virtual tokens, with its padding where the model wants it.
 
@@ -112,26 +125,22 @@ class ModelInfo:
         mask = batch.attention_mask
         if mask is None or mask.shape != batch.input_ids.shape:  # the op says what is wrong with it
             return batch
-        most = self.counts_columns
-        if most is not None and m + mask.shape[1] > most and (mask[:, :1] == 0).any():
-            raise ValueError(
-                f"{self.name} counts padding on the left as text"
-                + f", in rows of more than {most} columns," * bool(most)
-                + " and cannot be told not to: pad on the right (tokenizer.padding_side = 'right')"
-            )
         if self.has_pooler and self.adjacent and self.pooled is None and (mask[:, :1] == 0).any():
             warnings.warn(
                 f"the pooler_output of {self.name} reads the first column, which padding on the left takes: "
                 "pad on the right where you use it",
                 stacklevel=5,
             )
-        if self.pooled is None:
-            return batch
-        input_ids, *rest = batch
-        columns = (torch.arange(mask.shape[1], device=mask.device) + _turn(self.pooled, mask)) % max(mask.shape[1], 1)
-        return Batch(
-            input_ids.gather(1, columns), *(None if value is None else value.gather(1, columns) for value in rest)
-        )
+        if self.pooled is not None:
+            ids, *rest = batch
+            columns = (torch.arange(mask.shape[1], device=mask.device) + _turn(self.pooled, mask)) % max(
+                mask.shape[1], 1
+            )
+            batch = Batch(
+                ids.gather(1, columns), *(None if value is None else value.gather(1, columns) for value in rest)
+            )
+        self.check_left(batch.attention_mask, m + mask.shape[1])
+        return batch
 
     def turned_back(self, rows: Tensor, batch: Batch) -> Tensor:
         """What came out of the tokens of `turned(batch)`, [B, n, ...], in the columns of `batch`."""

@@ -31,6 +31,7 @@ __all__ = [
     "count_new_tokens",
     "generate_behind",
     "mask_of",
+    "most_new_tokens",
     "takes_ids",
 ]
 
@@ -137,6 +138,12 @@ def mask_of(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
     return there if not padding else (input_ids != padding.pop()).to(there)
 
 
+def most_new_tokens(model: Any, options: dict[str, Any]) -> int:
+    """How many tokens generate may add, at most."""
+    settings = _settings(model, options)
+    return settings.max_new_tokens or settings.max_length or 0
+
+
 def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
     """`max_length` and `min_length`, which count the `columns` of what is given, as numbers of new tokens."""
     settings = _settings(model, options)
@@ -185,7 +192,8 @@ def _behind(
 def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
     """On which sides texts may be padded for what follows them to be what follows them behind the prompt's own rows."""
     inner = unwrapped(model)
-    if info.cache is None or info.steady_length is not None or inner.config.is_encoder_decoder:
+    by_length = info.steady_length is not None or info.counts_columns is not None
+    if info.cache is None or by_length or inner.config.is_encoder_decoder:
         return set()
     sides = ("right", "left")
     table = inner.get_input_embeddings()

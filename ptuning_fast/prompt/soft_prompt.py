@@ -17,7 +17,7 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
-from .generate import CachedPrompt, check_chunks, copies_of_rows, generate_behind, mask_of, takes_ids
+from .generate import CachedPrompt, check_chunks, copies_of_rows, generate_behind, mask_of, most_new_tokens, takes_ids
 from .initial import initial_prompt
 
 __all__ = ["SoftPrompt"]
@@ -310,6 +310,9 @@ class SoftPrompt(Saving):
                 "(tokenizer.padding_side = 'left')",
                 stacklevel=2,
             )
+        if torch.is_tensor(input_ids):
+            new = 0 if self.info.has_decoder else most_new_tokens(self.model, options)
+            self.info.check_left(attention_mask, self.length + input_ids.shape[-1] + new)
         own = vars(self.model.generation_config)
         self.info.check_images(one for one, value in options.items() if torch.is_tensor(value) and one not in own)
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)

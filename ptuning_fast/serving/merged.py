@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import adapter, card
 from ..models.embedding import embed_scale, unreadable
-from ..models.info import has_adapter, unwrapped
+from ..models.info import describe, has_adapter, unwrapped
 from . import checkpoint, virtual_tokens
 
 __all__ = ["save"]
@@ -48,6 +48,7 @@ def save(
     tokens = [[f"<|{name}_{place}|>" for place in range(prompts.shape[1])] for name in names]
     with_tokens, ids = virtual_tokens.added(tokenizer, [token for prompt in tokens for token in prompt])
     _check_ids(model, ids)
+    _check_end(model, tokenizer)
 
     saved, state = _with_rows(model, prompts.flatten(0, 1), ids)
     length, before = prompts.shape[1], virtual_tokens.text_before(tokenizer)
@@ -123,6 +124,19 @@ def _mergeable(model: Any) -> Any:
             "merge into the plain model on one device, or serve the prompt with SoftPrompt (prompt.embeddings_for)"
         )
     return bare
+
+
+def _check_end(model: Any, tokenizer: Any) -> None:
+    """ValueError where a classifier of the last token would pass over the one that a text ends with, for padding."""
+    padding = model.config.pad_token_id
+    if padding is not None and describe(model).pooled == "right":
+        whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        if whole[-1:] == [padding] != text[-1:]:
+            raise ValueError(
+                f"the tokenizer ends a text with {tokenizer.convert_ids_to_tokens(padding)!r}, which a "
+                f"{type(model).__name__} that is given ids takes for padding (pad_token_id in its config): give model "
+                "and tokenizer another padding token"
+            )
 
 
 def _check_ids(model: Any, ids: list[int]) -> None:

@@ -62,7 +62,7 @@ class Saving(nn.Module):
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
         rows = self.final_prompt()
         parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
-        modules = {name.partition(".")[0] for name in head} | self._came_as
+        modules = peft.modules_of(self.model, head) | self._came_as
         head |= {name: tensor for name, tensor in unwrapped(self.model).state_dict().items() if name in self._came_with}
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings

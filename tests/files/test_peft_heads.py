@@ -11,6 +11,7 @@ import zoo
 
 from ptuning_fast import SoftPrompt
 from ptuning_fast.files import adapter
+from ptuning_fast.files import peft as peft_files
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 
@@ -108,6 +109,48 @@ def test_rows_that_came_with_a_prompt_of_a_tied_model(tmp_path):
     theirs, ours = (adapter.read(tmp_path / name / adapter.WEIGHTS)[0] for name in ("theirs", "ours"))
     assert len(theirs) == 3 and ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["GPT-2", "Gemma"])
+def test_a_head_of_its_own_for_a_tied_model(tmp_path, name):
+    """PEFT trains a copy, and leaves the table as it is; here it would be written into both."""
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(zoo.build(name), settings).eval()
+    torch.nn.init.normal_(theirs.get_output_embeddings().modules_to_save["default"].weight)
+    theirs.save_pretrained(tmp_path)
+    model = zoo.build(name)
+    before = model.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match=r"lm_head.weight of .* is tied to .*: load the model with tie_word"):
+        SoftPrompt.from_pretrained(model, tmp_path)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    model.save_pretrained(tmp_path / "base")
+    untied = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", tie_word_embeddings=False)
+    prompt = SoftPrompt.from_pretrained(untied, tmp_path)
+    ids = zoo.texts([7])[0][None]
+    mask = torch.ones_like(ids)
+    found, expected = untied(**prompt(ids, mask)).logits, theirs(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_an_adapter_brought_that_was_loaded_before(tmp_path):
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"])
+    peft.get_peft_model(zoo.build("Llama"), settings).save_pretrained(tmp_path / "one")
+    SoftPrompt(zoo.build("Llama"), 3).save_pretrained(tmp_path / "other")
+    model = zoo.build("Llama")
+    SoftPrompt.from_pretrained(model, tmp_path / "one")
+    with pytest.warns(UserWarning, match="lm_head.weight of .* came with the adapter in .*one, and the one in .*other"):
+        SoftPrompt.from_pretrained(model, tmp_path / "other")
+
+
+def test_modules_that_peft_would_take_others_for():
+    """It goes by the ends of names: an image encoder's head, beside that of the whole."""
+    part = torch.nn.Linear(2, 2)
+    model = torch.nn.ModuleDict({"vision": torch.nn.ModuleDict({"head": part}), "head": part, "pre_score": part})
+    model["score"] = part
+    head = dict.fromkeys(("head.weight", "score.weight", "pre_score.weight"), part.weight)
+    assert peft_files.modules_of(model, head) == {"score", "pre_score"}
 
 
 @pytest.mark.parametrize("modules", ["score", [1], {"score": 1}])

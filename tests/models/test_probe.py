@@ -189,50 +189,6 @@ def test_a_block_that_is_all_that_a_model_takes(torch_backend, recwarn):
     assert inputs["inputs_embeds"].shape[0] == 1 and not any("probed" in str(one.message) for one in recwarn)
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "most"),
-    [("switch_transformers", {"expert_capacity": 20}, 20), ("llama4_text", {"floor_scale": 21}, 20)],
-)
-def test_columns_that_are_counted_from_a_length_on(kind, settings, most, torch_backend):
-    """By a router that has so many places, or a temperature: up to there padding on the left changes nothing."""
-    config = sweep.build(kind, KINDS[kind], "eager").config
-    for name, value in (settings | {"no_rope_layers": [0, 0, 0], "layer_types": ["full_attention"] * 3}).items():
-        setattr(config, name, value)
-    prompt = SoftPrompt(sweep.built(config, KINDS[kind], "eager"), 3)
-    ids, mask = zoo.padded(zoo.texts([most - 3, 4]), "left")
-    alone, padded = (
-        sweep.run(prompt.model, prompt(ids[rows, columns], mask[rows, columns]), len(mask[rows]))
-        for rows, columns in ((slice(1, 2), slice(-4, None)), (slice(None), slice(None)))
-    )
-    torch.testing.assert_close(padded[-1, -4:], alone[-1, -4:], rtol=1e-4, atol=1e-4)
-    ids, mask = zoo.padded(zoo.texts([most - 2, 4]), "left")
-    with pytest.raises(ValueError, match=f"as text, in rows of more than {most} columns, and cannot be told"):
-        prompt(ids, mask)
-    prompt(ids.flip(1), mask.flip(1))
-    if kind == "llama4_text":
-        with pytest.raises(TypeError, match="Llama4ForCausalLM counts columns"):
-            prompt(ids, mask, mode="packed")
-
-
-@pytest.mark.parametrize("name", ["BERT", "ELECTRA", "DeBERTa-v2", "RoBERTa"])
-def test_multiple_choice(name, torch_backend):
-    """Of choices that stand below each other: the first token is read, wherever the padding is."""
-    model = zoo.build(name, type(zoo.build(name)).__name__.replace("Model", "ForMultipleChoice"))
-    prompt = SoftPrompt(model, 3)
-    found = []
-    for side in ("right", "left"):
-        inputs = prompt(*zoo.padded(zoo.texts([9, 4, 6, 2]), side))
-        found.append(model(**{key: value.unflatten(0, (2, 2)) for key, value in inputs.items()}).logits)
-    alone = [
-        model(**{key: value[None] for key, value in prompt(text[None], torch.ones_like(text[None])).items()}).logits
-        for text in zoo.texts([9, 4, 6, 2])
-    ]
-    with pytest.raises(ValueError, match=r"shape is \(1, 2, 3\): give the choices of each text below each other"):
-        PromptedModel(model, length=3)(torch.ones(1, 2, 3).long(), torch.ones(1, 2, 3).long())
-    for one in found:
-        torch.testing.assert_close(one.flatten(), torch.cat(alone).flatten(), rtol=1e-4, atol=1e-5)
-
-
 def test_attention_by_blocks_that_are_longer_than_a_short_text(torch_backend):
     """LongT5's global ones, of 16 tokens: padding on the left moves them."""
     sizes = {"d_model": zoo.D, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}

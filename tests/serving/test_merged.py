@@ -208,6 +208,19 @@ def test_a_decoders_classifier(tmp_path, side):
     assert (loaded(**theirs).logits - model(**prompt(**ours)).logits).abs().max() <= zoo.TOLERANCE
 
 
+def test_a_decoders_classifier_whose_texts_end_with_padding(tmp_path):
+    """It would read the token before; refused, but not where a text itself may end so, or padding is another."""
+    model, tokenizer = zoo.build("Llama", "LlamaForSequenceClassification", vocab_size=V), characters("<s> $A </s>")
+    model.config.pad_token_id = tokenizer.eos_token_id
+    with pytest.raises(
+        ValueError, match="ends a text with '</s>', which a LlamaForSequenceClassification that is given"
+    ):
+        prompt_for(model).save_pretrained_merged(tmp_path, tokenizer)
+    assert not list(tmp_path.iterdir())
+    model.config.pad_token_id = tokenizer.pad_token_id
+    prompt_for(model).save_pretrained_merged(tmp_path, tokenizer)
+
+
 def test_pipeline(tmp_path):
     """Texts and chats, with no code of ours; what is printed has no virtual token."""
     tokenizer = byte_level()
