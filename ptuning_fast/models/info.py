@@ -112,8 +112,8 @@ class ModelInfo:
             raise ValueError(
                 f"{self.name} counts padding on the left as text"
                 + f", in rows of more than {most} columns," * bool(most)
-                + " and cannot be told not to: pad on the right (tokenizer.padding_side = 'right'), or give it texts of "
-                "one length"
+                + " and cannot be told not to: pad on the right (tokenizer.padding_side = 'right'), or give it texts "
+                "of one length"
             )
 
     def turned(self, batch: Batch, m: int) -> Batch:
