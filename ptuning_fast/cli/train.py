@@ -36,7 +36,7 @@ def run(options: Namespace) -> None:
         with claimed(options) if state.is_main_process else nullcontext():
             _train(task, options, state)
     finally:
-        if state.use_distributed:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             gc.collect()  # what still holds the process group: its threads would abort a process that ends before them
         state.destroy_process_group()
 

@@ -46,8 +46,8 @@ class ModelInfo:
             raise TypeError(f"input_ids must be a torch.Tensor, not {type(input_ids).__name__}{way_out}")
         if input_ids.dim() != 2:
             raise ValueError(
-                f"input_ids must be [batch, tokens]; its shape is {tuple(input_ids.shape)}: give the choices of each "
-                "text below each other, [B * C, n]"
+                f"input_ids must be [batch, tokens]; its shape is {tuple(input_ids.shape)} (choices, [B, C, n], are "
+                "given below each other: [B * C, n])"
             )
         if input_ids.shape[:1] == (0,):
             raise ValueError("input_ids has no rows: a batch without texts has no output and no loss, so leave it out")
@@ -133,9 +133,8 @@ class ModelInfo:
             )
         if self.pooled is not None:
             ids, *rest = batch
-            columns = (torch.arange(mask.shape[1], device=mask.device) + _turn(self.pooled, mask)) % max(
-                mask.shape[1], 1
-            )
+            n, turn = mask.shape[1], _turn(self.pooled, mask)
+            columns = (torch.arange(n, device=mask.device) + turn) % max(n, 1)
             batch = Batch(
                 ids.gather(1, columns), *(None if value is None else value.gather(1, columns) for value in rest)
             )

@@ -62,7 +62,7 @@ def steady_length(model: Any) -> int | None:
 
 
 def counts_columns(model: nn.Module) -> int | None:
-    """From how many columns of a row on padding counts as text, and nothing can be done about it; None: never.
+    """How many columns a row may have before padding in it counts as text, and cannot be told not to; None: any number.
 
     0 where absolute positions are those of the columns (BART). A router that an `expert_capacity` has gives padding
     its experts' places (Switch Transformers), and layers without rotary positions that scale by the column do so from

@@ -128,15 +128,13 @@ def _mergeable(model: Any) -> Any:
 
 def _check_end(model: Any, tokenizer: Any) -> None:
     """ValueError where a classifier of the last token would pass over the one that a text ends with, for padding."""
-    padding = model.config.pad_token_id
-    if padding is not None and describe(model).pooled == "right":
-        whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-        if whole[-1:] == [padding] != text[-1:]:
-            raise ValueError(
-                f"the tokenizer ends a text with {tokenizer.convert_ids_to_tokens(padding)!r}, which a "
-                f"{type(model).__name__} that is given ids takes for padding (pad_token_id in its config): give model "
-                "and tokenizer another padding token"
-            )
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    end = virtual_tokens.end_of_text(tokenizer)
+    if padding is not None and end == tokenizer.convert_ids_to_tokens(padding) and describe(model).pooled == "right":
+        raise ValueError(
+            f"the tokenizer ends a text with {end!r}, which a {type(model).__name__} that is given ids takes for "
+            "padding (pad_token_id in its config): give model and tokenizer another padding token"
+        )
 
 
 def _check_ids(model: Any, ids: list[int]) -> None:

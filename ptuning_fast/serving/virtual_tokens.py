@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
-__all__ = ["added", "in_front", "save", "text_before", "warn_of_chats", "warn_of_strings"]
+__all__ = ["added", "end_of_text", "in_front", "save", "text_before", "warn_of_chats", "warn_of_strings"]
 
 # What a saved tokenizer is compared on: those of one architecture normalize what the model's own may not.
 _TEXTS = ("Virtual tokens stand before the text.", "naïve  42\n", " I\u0307 e\u0301 \uf900 \ufb01\t\uff11 don't ")
@@ -78,6 +78,12 @@ def text_before(tokenizer: Any) -> str:
     """The special tokens that `tokenizer` puts before a text, as a string: "<s>", "[CLS]", ""."""
     pieces = _pieces(_bare(tokenizer.backend_tokenizer), pair=False)
     return "".join(piece["SpecialToken"]["id"] for piece in pieces[: pieces.index(_A)])
+
+
+def end_of_text(tokenizer: Any) -> str:
+    """The last special token that `tokenizer` puts behind a text: "</s>", ""."""
+    pieces = _pieces(_bare(tokenizer.backend_tokenizer), pair=False)
+    return next((piece["SpecialToken"]["id"] for piece in reversed(pieces[pieces.index(_A) + 1 :])), "")
 
 
 def save(tokenizer: Any, folder: Path, before: list[int], original: Any) -> None:

@@ -67,7 +67,7 @@ def test_multiple_choice(name, torch_backend):
         model(**{key: value[None] for key, value in prompt(text[None], torch.ones_like(text[None])).items()}).logits
         for text in zoo.texts([9, 4, 6, 2])
     ]
-    with pytest.raises(ValueError, match=r"shape is \(1, 2, 3\): give the choices of each text below each other"):
+    with pytest.raises(ValueError, match=r"shape is \(1, 2, 3\) \(choices, \[B, C, n\], are given below"):
         PromptedModel(model, length=3)(torch.ones(1, 2, 3).long(), torch.ones(1, 2, 3).long())
     for one in found:
         torch.testing.assert_close(one.flatten(), torch.cat(alone).flatten(), rtol=1e-4, atol=1e-5)
