@@ -116,6 +116,17 @@ class ModelInfo:
                 "of one length"
             )
 
+    def check_steady(self, columns: int, new: int) -> None:
+        """A warning where the outputs for `columns` become others with the `new` that generate may add."""
+        steady = self.steady_length
+        if steady is not None and columns <= steady < columns + new:
+            warnings.warn(
+                f"up to {new} tokens are generated behind {columns} columns: beyond {steady} those of {self.name} have "
+                "other outputs, and what is cached of them stays as it was, which a model may mend behind ids alone: "
+                f"take max_new_tokens={steady - columns}",
+                stacklevel=3,
+            )
+
     def turned(self, batch: Batch, m: int) -> Batch:
         """The batch, which gets m virtual tokens, with its padding where the model wants it.
 

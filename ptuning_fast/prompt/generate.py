@@ -138,10 +138,10 @@ def mask_of(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
     return there if not padding else (input_ids != padding.pop()).to(there)
 
 
-def most_new_tokens(model: Any, options: dict[str, Any]) -> int:
-    """How many tokens generate may add, at most."""
+def most_new_tokens(model: Any, options: dict[str, Any], columns: int) -> int:
+    """How many tokens generate may add to so many `columns`, at most."""
     settings = _settings(model, options)
-    return settings.max_new_tokens or settings.max_length or 0
+    return settings.max_new_tokens or max((settings.max_length or 0) - columns, 0)
 
 
 def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:

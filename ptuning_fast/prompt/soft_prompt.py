@@ -311,8 +311,10 @@ class SoftPrompt(Saving):
                 stacklevel=2,
             )
         if torch.is_tensor(input_ids):
-            new = 0 if self.info.has_decoder else most_new_tokens(self.model, options)
-            self.info.check_left(attention_mask, self.length + input_ids.shape[-1] + new)
+            columns = self.length + input_ids.shape[-1]
+            new = 0 if self.info.has_decoder else most_new_tokens(self.model, options, columns)
+            self.info.check_left(attention_mask, columns + new)
+            self.info.check_steady(columns, new)
         own = vars(self.model.generation_config)
         self.info.check_images(one for one, value in options.items() if torch.is_tensor(value) and one not in own)
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)

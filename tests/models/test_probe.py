@@ -1,6 +1,7 @@
 """A probe leaves a model as it was."""
 
 import threading
+import warnings
 
 import pytest
 import sweep
@@ -58,6 +59,22 @@ def test_rotary_positions_depend_on_the_batch_without_a_prompt_too(kind, torch_b
     prompt = SoftPrompt(model, 3)
     with pytest.warns(UserWarning, match="how long the longest text of the batch is, with a prompt or without"):
         prompt(ids, mask)
+
+
+def test_what_is_generated_may_cross_that_length_too(torch_backend):
+    """Phi-3 then computes anew what it has cached, where it has the ids; embeddings it has but once."""
+    model = sweep.build("phi3, longrope", KINDS["phi3, longrope"], "sdpa")
+    prompt, steady = SoftPrompt(model, 3, init=model.get_input_embeddings()(torch.tensor([5, 6, 7]))), 24
+    ids = zoo.texts([steady - 7])[0][None]
+    alone = torch.cat([torch.tensor([[5, 6, 7]]), ids], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = prompt.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = model.generate(alone, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(found, expected[:, alone.shape[1] :])
+    for longer in ({"max_new_tokens": 5}, {"max_length": steady + 1}):
+        with pytest.warns(UserWarning, match="up to 5 tokens are generated behind 20 columns: beyond 24 those of Phi3"):
+            prompt.generate(ids, **longer)
 
 
 SIZES = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
