@@ -24,7 +24,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 M, V, WINDOW, LENGTHS = 5, 128, 16, [40, 23, 9, 40, 1]
 TOLERANCE = 1e-4  # relative to the largest output, through three layers in fp32
 
-MODES = ["prepend", "packed", "shared"]
+SIDES = ("right", "left")  # of the padding; nothing is generated behind that on the right: texts are given one by one
+MODES = {"prepend": SIDES, "packed": SIDES, "shared": SIDES, "generate": ("alone", "left")}
+NEW = 3  # tokens
 ATTENTIONS = ["sdpa", "eager"]
 NOT_TEXT = (
     "audio|speech|image|vision|video|whisper|wav2vec|hubert|speecht5|seamless|clap|clip|musicgen|moonshine|voxtral"
@@ -62,7 +64,10 @@ SETTINGS |= {"block_size": 4, "num_random_blocks": 1, "attn_layer_period": 2, "a
 SETTINGS |= {"attn_layer_indices": [1], "full_attention_interval": 2, "mamba_expand": 1}
 SETTINGS |= {"vocab_size_per_layer_input": V, "hidden_size_per_layer_input": 0, "entity_vocab_size": 9, "d_embed": 16}
 # What single architectures need beside.
+IMAGES = {"image_token_id": 3, "video_token_id": 4, "audio_token_id": 5}
 NEEDS = {
+    "gemma4": IMAGES,
+    "gemma4_unified": IMAGES,
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
@@ -179,6 +184,15 @@ def run(model, inputs, B):
     return out.logits if "logits" in out else out[0]
 
 
+def generated(model, ids, mask, generator=None):
+    """[B, NEW, V], of what `generator`, the model itself or a prompt in front of it, generates."""
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
+    generator = copy.deepcopy(model) if generator is None else generator
+    return torch.stack(generator.generate(ids, attention_mask=mask, **options).logits, 1)
+
+
 def padded(rows, side):
     n = max(map(len, rows))
     ids, mask = torch.full((len(rows), n), 7), torch.zeros(len(rows), n).long()
@@ -195,8 +209,11 @@ def off(actual, expected):
     return found if found == found else float("inf")
 
 
-def texts_of(model, prompt, rows, ids, mask, mode):
-    """Of each text, the outputs of its tokens (of an encoder-decoder and of a classifier, its row)."""
+def texts_of(model, prompt, rows, ids, mask, mode, side):
+    """Of each text, the outputs of its tokens (of an encoder-decoder and of a classifier, its row), or of new ones."""
+    if mode == "generate":
+        parts = [padded([row], "left") for row in rows] if side == "alone" else [(ids, mask)]
+        return list(torch.cat([generated(model, *part, prompt) for part in parts]))
     inputs = prompt(ids, mask, mode=mode)
     out = run(model, inputs, len(rows))
     if model.config.is_encoder_decoder or out.dim() == 2:
@@ -210,7 +227,7 @@ def texts_of(model, prompt, rows, ids, mask, mode):
 
 def loss_off(model, prompt, ids, mask, mode):
     """How far the loss on the last two tokens of each text is from the model's own, where it has one of tokens."""
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if mode == "generate" or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return 0.0
     behind = mask.flip(1).cumsum(1).flip(1)  # tokens from here on
     labels = ids.masked_fill((mask == 0) | (behind > 2), -100)
@@ -223,11 +240,16 @@ def judge(model, rows, first, truth, mode, side) -> Verdict:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
+            model = copy.deepcopy(model)
+            table = model.get_input_embeddings()
             with torch.no_grad():
-                prompt = SoftPrompt(model, M, init=model.get_input_embeddings()(first).float())
+                prompt = SoftPrompt(model, M, init=table(first).float())
+            before = prompt.prompt_embeddings.clone(), table.weight.clone()
             ids, mask = padded(rows, side)
-            actual = texts_of(model, prompt, rows, ids, mask, mode)
+            actual = texts_of(model, prompt, rows, ids, mask, mode, side)
             of_loss = loss_off(model, prompt, ids, mask, mode)
+            if not (torch.equal(before[0], prompt.prompt_embeddings) and torch.equal(before[1], table.weight)):
+                return Verdict("WRONG", "the prompt or the table of embeddings has changed")
         except (TypeError, ValueError) as error:
             return Verdict("refused", str(error))
         except Exception as error:
@@ -235,8 +257,20 @@ def judge(model, rows, first, truth, mode, side) -> Verdict:
     worst = max(of_loss, *(off(one, other) for one, other in zip(actual, truth)))
     if worst <= TOLERANCE:
         return Verdict("equal", f"{worst:.1e}")
+    if mode == "generate":  # some count padding on the left as text when they generate, of ids as well
+        own = generated(model, *padded([torch.cat([first, one]) for one in rows], side))
+        if max(off(one, other) for one, other in zip(actual, own)) <= TOLERANCE:
+            return Verdict("as ids", f"{worst:.1e}")
     about = [str(one.message) for one in said if "depend" in str(one.message)]
     return Verdict("warned" if about else "WRONG", f"{worst:.1e}{'; ' + about[0] if about else ''}")
+
+
+def next_of(model, ids):
+    """What the model itself generates, in a list of one; in an empty one where it does not."""
+    try:
+        return list(generated(model, ids, torch.ones_like(ids))) if model.can_generate() else []
+    except Exception:
+        return []
 
 
 def sweep(kind: str, class_name: str) -> dict[str, dict[str, Verdict]] | str:
@@ -248,28 +282,31 @@ def sweep(kind: str, class_name: str) -> dict[str, dict[str, Verdict]] | str:
             model = build(kind, class_name, attention)
             generator = torch.Generator().manual_seed(1)
             first, *rows = [torch.randint(10, V - 8, (n,), generator=generator) for n in [M, *LENGTHS]]
-            truth = []
+            truth, new = [], []
             for row in rows:
                 ids = torch.cat([first, row])[None]
+                new += next_of(model, ids)
                 out = run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1)[0]
                 truth.append(out[M:] if not model.config.is_encoder_decoder and out.dim() == 2 else out)
         except Exception as error:
             why = why or f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         found[attention] = {
-            f"{mode}, {side}": judge(model, rows, first, truth, mode, side)
-            for mode in MODES
-            for side in ("right", "left")
+            f"{mode}, {side}": judge(model, rows, first, truth if mode != "generate" else new, mode, side)
+            for mode, sides in MODES.items()
+            for side in sides
+            if mode != "generate" or new
         }
     return found or why
 
 
 def cell(verdicts: dict[str, dict[str, Verdict]], mode: str) -> str:
     """What holds in a mode: one word, or one for each kind of attention or side of the padding on which it depends."""
-    words = {(kind, side): verdicts[kind][f"{mode}, {side}"].word for kind in verdicts for side in ("right", "left")}
-    if len(set(words.values())) == 1:
-        return next(iter(words.values()))
-    for place, names in enumerate((list(verdicts), ["right", "left"])):
+    places = [(kind, side) for kind in verdicts for side in MODES[mode]]
+    words = {(kind, side): found.word for kind, side in places if (found := verdicts[kind].get(f"{mode}, {side}"))}
+    if len(set(words.values())) <= 1:
+        return next(iter(words.values()), "-")
+    for place, names in enumerate((list(verdicts), MODES[mode])):
         of = {name: {word for key, word in words.items() if key[place] == name} for name in names}
         if all(len(found) == 1 for found in of.values()):
             return ", ".join(f"{name} {found.pop()}" for name, found in of.items())
@@ -282,7 +319,7 @@ def row(kind: str, class_name: str, found: dict[str, dict[str, Verdict]]) -> str
 
 def write_table(rows: list[str], untried: list[str]) -> None:
     head = [f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}:", ""]
-    head += [f"| model type | class | {' | '.join(MODES)} |", "| --- | --- | --- | --- | --- |"]
+    head += [f"| model type | class | {' | '.join(MODES)} |", "| --- " * (2 + len(MODES)) + "|"]
     table = "\n".join([*head, *rows, "", f"Not built at this size: {', '.join(untried)}."])
     pattern = r"(<!-- sweep: python tests/sweep.py -->\n).*?(\n<!-- end of sweep -->)"
     text = PAGE.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 KINDS = sweep.model_types()
-WERE_WRONG = ["big_bird", "doge", "llama, dynamic RoPE", "phi3, longrope", "phimoe", "qwen2_moe"]
+WERE_WRONG = ["big_bird", "doge", "git", "llama, dynamic RoPE", "phi3, longrope", "phimoe", "qwen2_moe"]
 LINES = {line.split(" | ")[0].removeprefix("| "): line for line in sweep.PAGE.read_text(encoding="utf-8").splitlines()}
 
 

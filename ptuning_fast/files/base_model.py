@@ -95,14 +95,14 @@ def load_head(model: nn.Module, head: dict[str, Tensor], folder: str | Path) -> 
 def _check_tied(
     model: nn.Module, own: Mapping[str, Tensor], name: str, head: dict[str, Tensor], folder: str | Path
 ) -> None:
-    """ValueError where `name` is tied to a table of embeddings, and the adapter has its own, a copy that PEFT made."""
+    """ValueError where `name` is one with others, and the adapter has its own for it alone, a copy that PEFT made."""
     tied = [one for one, tensor in own.items() if tensor.data_ptr() == own[name].data_ptr() and tensor.numel()]
-    tables = [one for one in tied if isinstance(model.get_submodule(one.rpartition(".")[0]), nn.Embedding)]
-    apart = any(one in head and not torch.equal(head[one], head[name]) for one in tied)
-    if apart or (tables and head.keys().isdisjoint(tables)):
+    apart = [one for one in tied if one not in head or not torch.equal(head[one], head[name])]
+    if apart and not torch.equal(head[name].to(own[name]), own[name]):
         raise ValueError(
-            f"{name} of {type(model).__name__} is tied to {(tables or tied)[0]}, and the adapter in {folder} brings "
-            "its own: load the model with tie_word_embeddings=False, which leaves the head to the adapter"
+            f"{name} of {type(model).__name__} is tied to {apart[0]}, and the adapter in {folder} brings its own: load "
+            "the model with tie_word_embeddings=False, which leaves it to the adapter, or leave the adapter to PEFT "
+            "where they are tied all the same (T5)"
         )
 
 

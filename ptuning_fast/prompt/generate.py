@@ -10,7 +10,10 @@ From call to call they are kept where the caller says so alone: what a model's w
 time cannot be told.
 """
 
+import contextlib
 import copy
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from transformers.generation import GenerationMode
 from ..models.embedding import device_of, prepend, rows_of
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import off_by, tolerance
-from ..models.trial import ordinary_tokens, padded, quietly
+from ..models.trial import one_at_a_time, ordinary_tokens, padded, quietly
 from ..op import Batch, Layout, Prompt
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "mask_of",
     "most_new_tokens",
     "takes_ids",
+    "taking_embeddings",
 ]
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
@@ -119,6 +123,44 @@ def check_chunks(model: Any, options: dict[str, Any]) -> None:
         raise ValueError(f"prefill_chunk_size={size} is for ids, and a prompt is given as embeddings: leave it out")
 
 
+@contextlib.contextmanager
+def taking_embeddings(model: Any) -> Iterator[None]:
+    """Inside, generate takes embeddings for a model that hands them on among the keywords of its own preparation.
+
+    It asks for them by name (transformers' `_prepare_model_inputs`), which Gemma 3, Bamba or Falcon-H1 do not have
+    there. One thread at a time for these, as the answer is put into the model.
+    """
+    inner, name = unwrapped(model), "prepare_inputs_for_generation"
+    prepare: Any = getattr(inner, name, None)
+    named = prepare is None or "inputs_embeds" in inspect.signature(prepare).parameters
+    if named or name in vars(inner) or inner.config.is_encoder_decoder or not _hands_on(inner):
+        yield
+        return
+
+    def by_name(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        return prepare(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    with one_at_a_time:
+        setattr(inner, name, by_name)
+        try:
+            yield
+        finally:
+            delattr(inner, name)
+
+
+def _hands_on(model: Any) -> bool:
+    """Whether what `model` prepares of embeddings are these alone, and no ids."""
+    table = model.get_input_embeddings()
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(table))
+    rows = torch.zeros(1, 1, 1, dtype=model.dtype, device=ids.device)
+    options = {"inputs_embeds": rows, "attention_mask": ids + 1, "is_first_iteration": True, "use_cache": False}
+    try:
+        prepared = model.prepare_inputs_for_generation(ids, **options)
+        return prepared.get("inputs_embeds") is not None and prepared.get("input_ids") is None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+
+
 def takes_ids(model: Any, options: dict[str, Any]) -> bool:
     """Whether `model.generate(**options)` decodes by itself: with an assistant it would count the ids as its cache."""
     settings = _settings(model, options)
@@ -172,7 +214,8 @@ def generate_behind(model: Any, input_ids: Tensor, inputs: dict[str, Any], optio
 def _filled(model: Any, info: ModelInfo, prompt: Prompt) -> DynamicCache:
     inner = unwrapped(model)
     cache = DynamicCache(config=inner.config.get_text_config())
-    rows = prompt.vectors[None].to(inner.get_input_embeddings().weight.dtype)
+    # A copy: some models add to what they are given in place (GIT, CTRL), and that must not be the prompt itself.
+    rows = prompt.vectors[None].to(inner.get_input_embeddings().weight.dtype, copy=True)
     with torch.no_grad():
         inner.base_model(inputs_embeds=rows, use_cache=True, **{str(info.cache): cache})
     return cache
@@ -199,7 +242,7 @@ def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
     table = inner.get_input_embeddings()
     tokens, device = ordinary_tokens(inner.config, table.weight.shape[0], 9), device_of(table)
     exact = set()
-    with quietly(inner):
+    with quietly(inner), taking_embeddings(inner):
         try:
             prompt = Prompt(rows_of(table, torch.tensor(tokens[:3], device=device)).float())
             cache = _filled(inner, info, prompt)

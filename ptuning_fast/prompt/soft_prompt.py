@@ -17,7 +17,16 @@ from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
-from .generate import CachedPrompt, check_chunks, copies_of_rows, generate_behind, mask_of, most_new_tokens, takes_ids
+from .generate import (
+    CachedPrompt,
+    check_chunks,
+    copies_of_rows,
+    generate_behind,
+    mask_of,
+    most_new_tokens,
+    takes_ids,
+    taking_embeddings,
+)
 from .initial import initial_prompt
 
 __all__ = ["SoftPrompt"]
@@ -327,9 +336,10 @@ class SoftPrompt(Saving):
             self.info.check_room(self.length, input_ids)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
-        if not input_ids.shape[1] or self.info.has_decoder or not takes_ids(self.model, options):
-            return self.model.generate(**inputs, **options)
-        return generate_behind(self.model, input_ids, inputs, options)
+        with taking_embeddings(self.model):
+            if not input_ids.shape[1] or self.info.has_decoder or not takes_ids(self.model, options):
+                return self.model.generate(**inputs, **options)
+            return generate_behind(self.model, input_ids, inputs, options)
 
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:

@@ -134,6 +134,23 @@ def test_a_head_of_its_own_for_a_tied_model(tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["T5", "BART"])
+def test_a_decoder_of_its_own_has_a_table_in_it(tmp_path, name):
+    """Which the encoder has, too."""
+    settings = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, modules_to_save=["decoder"])
+    theirs = peft.get_peft_model(zoo.build(name), settings)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    model = zoo.build(name)
+    before = model.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match=r"decoder.embed_tokens.weight of .* is tied to .* leave the adapter to PEFT"):
+        SoftPrompt.from_pretrained(model, tmp_path)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_an_adapter_brought_that_was_loaded_before(tmp_path):
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"])
     peft.get_peft_model(zoo.build("Llama"), settings).save_pretrained(tmp_path / "one")

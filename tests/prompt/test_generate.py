@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import sweep
 import torch
 import transformers
 import zoo
@@ -182,6 +183,37 @@ def test_padding_that_would_shift_a_window_and_training_are_left_to_the_model(na
     prompt = SoftPrompt(model, zoo.M)
     ids, mask = zoo.padded(zoo.texts([3, 9]), "left")
     assert rows_computed(model, lambda: prompt.generate(ids, mask, max_new_tokens=1))[-1:] == [(2, zoo.M + 9)]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "bamba", "falcon_h1"])
+def test_embeddings_that_a_model_hands_on_without_naming_them(kind, torch_backend):
+    """transformers' generate asks for the name; PromptedModel goes the same way, and the model stays as it was."""
+    model = sweep.build(kind, sweep.model_types()[kind], "eager")
+    first, *texts = zoo.texts([zoo.M, 9, 4])
+    prompted = PromptedModel(model, zoo.M, init=model.get_input_embeddings()(first))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids, mask = zoo.padded(texts, "left")
+    found = prompted.generate(ids, mask, **options)[:, ids.shape[1] :]
+    for row, text in enumerate(texts):
+        alone = torch.cat([first, text])[None]
+        assert torch.equal(found[row], model.generate(alone, **options)[0, alone.shape[1] :])
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
+def test_embeddings_that_a_model_does_not_hand_on(torch_backend):
+    model = sweep.build("openai-gpt", "OpenAIGPTLMHeadModel", "eager")
+    with pytest.raises(ValueError, match="doesn't have its forwarding implemented"):
+        SoftPrompt(model, zoo.M).generate(zoo.texts([9])[0][None], max_new_tokens=2)
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
+def test_a_model_that_writes_into_what_it_is_given(torch_backend):
+    """GIT adds its positions in place: to a copy of the prompt, and not to the prompt."""
+    model = sweep.build("git", "GitForCausalLM", "eager")
+    prompt = SoftPrompt(model, zoo.M)
+    before = prompt.prompt_embeddings.clone()
+    prompt.generate(zoo.texts([9])[0][None], max_new_tokens=2)
+    assert torch.equal(prompt.prompt_embeddings, before)
 
 
 def test_an_encoder_decoder_and_a_bank(torch_backend):
