@@ -82,8 +82,8 @@ def mask_of_packed(model: Any, embeds: Tensor) -> Tensor | None:
     return embeds.new_full((1, 1, 1, 1), float("nan")) if ours else None
 
 
-# Rows that a sliding window is narrowed to, in the threads that are in `narrowed`.
-_narrow: dict[int, int] = {}
+# In the threads that are in `narrowed`: rows that a sliding window is narrowed to, and what masks have called theirs.
+_narrow: dict[int, tuple[int, set[int]]] = {}
 
 
 @contextlib.contextmanager
@@ -92,25 +92,39 @@ def narrowed(rows: int) -> Iterator[None]:
 
     It is narrowed in the masks that a model asks for and in what it tells its attention, where those who narrow either
     would compute something else. So a text of a few tokens tells the models that do both from those whose masks alone
-    know of the window, and which packed attention, without a mask, would serve without it.
+    know of the window, and which packed attention, without a mask, would serve without it. Whether a row as far away as
+    the window is seen stays as the mask has it: those of transformers that see both ways see it, and the attention is
+    told one more by some models (ModernBERT) and not by others.
     """
-    _narrow[threading.get_ident()] = rows
+    _narrow[threading.get_ident()] = rows, set()
     try:
         yield
     finally:
         del _narrow[threading.get_ident()]
 
 
-def _rows_of_windows() -> int | None:
+def _narrowing() -> tuple[int, set[int]] | None:
     return _narrow.get(threading.get_ident()) if _narrow else None
+
+
+def _window(told: int | None) -> int | None:
+    """That of an attention which is told of one."""
+    narrowing = _narrowing()
+    if told is None or narrowing is None:
+        return told
+    rows, of_masks = narrowing
+    return min(told, rows + (told - 1 in of_masks))
 
 
 def _mask(base: str, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
     """A mask function of transformers; `local_size` is the window, of which `mask_function` knows as well."""
-    rows, seen = _rows_of_windows(), kwargs.get("mask_function")
-    if rows is not None and local_size is not None and seen is not None:
+    narrowing, seen = _narrowing(), kwargs.get("mask_function")
+    if narrowing is not None and local_size is not None and seen is not None:
+        rows, of_masks = narrowing
+        of_masks.add(local_size)
+        by = max(local_size - rows, 0)  # farther away than it is; on that side where each function knows of rows
+        kwargs["mask_function"] = lambda b, h, q, k: seen(b, h, q, k) & seen(b, h, k + (q - k).abs() + by, k)
         local_size = min(local_size, rows)
-        kwargs["mask_function"] = lambda b, h, q, k: seen(b, h, q, k) & ((q - k).abs() < rows)
     return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, local_size=local_size, **kwargs)
 
 
@@ -147,10 +161,10 @@ def _attention(
     if key.shape[2] != query.shape[2]:
         raise ValueError("a packed batch is for one forward, without a cache: for generate take mode='prepend'")
     causal, window = kwargs.pop("is_causal", None), kwargs.pop("sliding_window", None)
-    rows, softcap = _rows_of_windows(), kwargs.pop("softcap", None)
+    softcap = kwargs.pop("softcap", None)
     scores = Scores(
         causal=getattr(module, "is_causal", True) if causal is None else causal,
-        window=window if window is None or rows is None else min(window, rows),
+        window=_window(window),
         scale=kwargs.pop("scaling", None),
         softcap=softcap if base == "eager" else None,  # sdpa knows none, and transformers leaves it out or is eager
         dropout=kwargs.pop("dropout", 0.0),

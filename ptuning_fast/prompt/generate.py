@@ -183,7 +183,12 @@ def mask_of(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
 def most_new_tokens(model: Any, options: dict[str, Any], columns: int) -> int:
     """How many tokens generate may add to so many `columns`, at most."""
     settings = _settings(model, options)
+    if settings.max_new_tokens is None and settings.max_length is None:
+        return _DEFAULT
     return settings.max_new_tokens or max((settings.max_length or 0) - columns, 0)
+
+
+_DEFAULT = 20  # new tokens, where neither is given (transformers' `_prepare_generated_length`)
 
 
 def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:

@@ -8,6 +8,7 @@ the tokenizer's own files, so whatever reads those needs to know nothing of prom
 """
 
 import copy
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -129,19 +130,28 @@ def warn_of_strings(tokenizer: Any, before: str, ids: list[int], original: Any) 
 
 def warn_of_chats(tokenizer: Any, ids: list[int], original: Any) -> None:
     """A warning where a chat is tokenized otherwise behind the prompt's tokens, which its template begins with."""
-    chat = [{"role": "user", "content": _TEXTS[0]}]
-    try:
-        expected = ids + original.apply_chat_template(chat)["input_ids"]
-    except Exception:  # no template, or one that wants another chat
-        return
-    found = tokenizer.apply_chat_template(chat)["input_ids"]
-    if found != expected:
-        warnings.warn(
-            f"{type(tokenizer).__name__} gives other tokens for a chat that stands behind special tokens "
-            f"({found[len(ids) :][:5]}, not {expected[len(ids) :][:5]}): begin its template with a special token, and "
-            "train with that, or give runtimes token ids",
-            stacklevel=4,
-        )
+    templates = original.chat_template
+    for name, chat in itertools.product(templates if isinstance(templates, dict) else [None], _CHATS):
+        try:
+            expected = ids + original.apply_chat_template(chat, chat_template=name)["input_ids"]
+        except Exception:  # no template, or one that wants another chat
+            continue
+        found = tokenizer.apply_chat_template(chat, chat_template=name)["input_ids"]
+        if found != expected:
+            warnings.warn(
+                f"{type(tokenizer).__name__} gives other tokens for a chat that stands behind special tokens "
+                f"({found[len(ids) :][:5]}, not {expected[len(ids) :][:5]}): begin its template with a special token, "
+                "and train with that, or give runtimes token ids",
+                stacklevel=4,
+            )
+            return
+
+
+_USER: dict[str, Any] = {"role": "user", "content": _TEXTS[0]}
+_SYSTEM: dict[str, Any] = {"role": "system", "content": _TEXTS[0]}
+_PARTS: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": _TEXTS[0]}]}
+_CHATS = [_USER], [_SYSTEM, _USER], [_PARTS], [_SYSTEM, _PARTS]
+"""What templates ask for: a system message or none, texts or lists of parts."""
 
 
 def _template_with(template: str, tokens: list[str]) -> str:

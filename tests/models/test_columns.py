@@ -40,6 +40,8 @@ def test_columns_that_are_counted_from_a_length_on(kind, settings, most, torch_b
         with pytest.raises(ValueError, match=f"as text, in rows of more than {most} columns"):
             prompt.generate(ids, mask, max_new_tokens=7)
         prompt.generate(ids[:1], mask[:1], max_new_tokens=20)
+        with pytest.raises(ValueError, match=f"as text, in rows of more than {most} columns"):
+            prompt.generate(ids, mask)  # twenty, where nothing is said
         with pytest.raises(TypeError, match="Llama4ForCausalLM counts columns"):
             prompt(ids, mask, mode="packed")
 

@@ -360,6 +360,25 @@ def test_unknown_architectures_are_tried_out():
         assert_close(out, of_row[: len(out)])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [3, 8, 100])
+def test_windows_that_are_seen_both_ways(attention, window):
+    """By transformers' masks, a row as far away as the window: ModernBERT tells its attention, Mistral does not."""
+    sizes = {"local_attention": 2 * window} | dict.fromkeys(("cls_token_id", "sep_token_id", "bos_token_id"), 1)
+    model = zoo.build("ModernBERT", attn_implementation=attention, **sizes)
+    prompt, (ids, mask) = SoftPrompt(model, zoo.M), zoo.padded(zoo.texts([30, 9]), "right")
+    inputs = prompt(ids, mask, mode="packed")
+    for out, text in zip(texts_of(zoo.rows_out(model, inputs), inputs), zoo.texts([30, 9])):
+        assert_close(out, zoo.by_hand(model, prompt.prompt_embeddings, text))
+
+    settings = {"is_causal": False, "sliding_window": window}
+    model = zoo.build("Mistral", attn_implementation=attention, **settings)
+    prompt, given = SoftPrompt(model, zoo.M), zoo.padded(zoo.texts([30, 9]), "right")
+    with pytest.raises(TypeError, match="or a sliding window is in its mask alone"):
+        prompt(*given, mode="packed")
+    assert prompt(*given, mode="auto")["inputs_embeds"].shape[0] == 2
+
+
 def test_refusals():
     ids, mask = zoo.padded(zoo.texts(), "right")
     for name in ("DeBERTa-v2", "MPNet", "Bloom", "T5", "BART"):

@@ -134,10 +134,14 @@ def test_a_string_that_is_tokenized_otherwise(tmp_path):
         virtual_tokens.warn_of_strings(tokenizer, "".join(TOKENS), ids, original)
     theirs, ids = saved(original, tmp_path)
     assert theirs(TEXT)["input_ids"] == ids + original(TEXT)["input_ids"]  # the post-processor does it right
-    original.chat_template = "user: {{ messages[0].content }}"
-    theirs, ids = saved(original, tmp_path)
-    with pytest.warns(UserWarning, match="gives other tokens for a chat that stands behind special tokens"):
-        virtual_tokens.warn_of_chats(theirs, ids, original)
+    asks = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    plain = "user: {{ messages[0].content }}"
+    of_parts = "user: {{ messages[0].content[0].text[0] }}{{ messages[0].content[0].text }}"
+    for template in (plain, asks + plain, of_parts, {"tools": plain}, {"default": "{{ bos_token }}", "tools": plain}):
+        original.chat_template = template
+        theirs, ids = saved(original, tmp_path)
+        with pytest.warns(UserWarning, match="gives other tokens for a chat that stands behind special tokens"):
+            virtual_tokens.warn_of_chats(theirs, ids, original)
     original.chat_template = "{{ bos_token }} user: {{ messages[0].content }}"
     theirs, ids = saved(original, tmp_path)
     with warnings.catch_warnings():
