@@ -186,11 +186,17 @@ def run(model, inputs, B):
 
 def generated(model, ids, mask, generator=None):
     """[B, NEW, V], of what `generator`, the model itself or a prompt in front of it, generates."""
+    seen = []
+
+    def keep(_, scores):
+        seen.append(scores.nan_to_num(neginf=0.0))  # where an end would be
+        return scores
+
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
     options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
     generator = copy.deepcopy(model) if generator is None else generator
-    return torch.stack(generator.generate(ids, attention_mask=mask, **options).logits, 1)
+    generator.generate(ids, attention_mask=mask, logits_processor=[keep], **options)
+    return torch.stack(seen, 1)
 
 
 def padded(rows, side):

@@ -88,8 +88,12 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:
-    """How many of each row `model.generate(**options)` makes; None where it might read the prompt's rows otherwise."""
+def copies_of_rows(model: Any, options: dict[str, Any], attention_mask: Tensor | None) -> int | None:
+    """How many of each row `model.generate(**options)` makes; None where it might read the prompt's rows otherwise.
+
+    None as well where padding is on the left and a cache is given back: a next call that goes on from it would have the
+    prompt elsewhere.
+    """
     settings = getattr(model, "generation_config", None)
 
     def option(name: str) -> Any:
@@ -98,6 +102,9 @@ def copies_of_rows(model: Any, options: dict[str, Any]) -> int | None:
     if settings is None or not all(name in vars(settings) or name in _DECODING for name in options):
         return None
     if any(option(name) for name in (*_OTHER_CACHES, *_COLUMNS)) or option("use_cache") is False:
+        return None
+    padded_left = attention_mask is not None and bool((attention_mask[:, :1] == 0).any())
+    if padded_left and _settings(model, options).return_dict_in_generate:
         return None
     if option("repetition_penalty") not in (None, 1.0) or any(module.training for module in model.modules()):
         return None

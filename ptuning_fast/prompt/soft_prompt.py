@@ -294,9 +294,10 @@ class SoftPrompt(Saving):
         drafts).
 
         A causal model's keys and values of the prompt are computed once for the batch, not in every row. Where that
-        would not be the same (padding on the left with sliding windows, a bank, token types, dropout, another cache, a
-        penalty on repetitions, which reads the mask, arguments of the model's forward or a `generation_config` among
-        the options), and where a model keeps something else, they are computed in every row.
+        would not be the same (padding on the left with sliding windows, or with `return_dict_in_generate`, from whose
+        cache a next call may go on, a bank, token types, dropout, another cache, a penalty on repetitions, which reads
+        the mask, arguments of the model's forward or a `generation_config` among the options), and where a model keeps
+        something else, they are computed in every row.
 
         Args:
             input_ids, attention_mask, token_type_ids: [B, n] each, padded on the left, as `generate` wants it.
@@ -329,7 +330,7 @@ class SoftPrompt(Saving):
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
         sharded = any(map(is_sharded, self.model.parameters()))
-        copies = None if sharded else copies_of_rows(self.model, options)
+        copies = None if sharded else copies_of_rows(self.model, options, attention_mask)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self.info)

@@ -177,6 +177,23 @@ def test_token_types_a_config_of_the_callers_and_a_bank_without_an_index(torch_b
         SoftPrompt(model, zoo.M, num_prompts=3).generate(ids, mask)
 
 
+@pytest.mark.parametrize("side", ["left", "alone"])
+def test_a_next_call_goes_on_from_the_cache(side, torch_backend):
+    """Of a conversation, as transformers has it: the prompt stands where the next call has it."""
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts([3, 9] if side == "left" else [9]), "left")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    first = prompt.generate(ids, mask, **options)
+    ids, mask = torch.cat([ids, first.sequences, ids[:, -2:]], 1), torch.cat([mask, torch.ones(len(ids), 6).long()], 1)
+    for call in (prompt.generate, lambda ids, mask, **given: model.generate(**prompt(ids, mask), **given)):
+        cache = copy.deepcopy(first.past_key_values)
+        found = call(ids, mask, past_key_values=cache, output_logits=True, **options).logits[0]
+        for row, there, out in zip(ids, mask, found):
+            alone = zoo.by_hand(model, prompt.prompt_embeddings, row[there != 0])
+            assert (out - alone[-1]).abs().max() <= zoo.TOLERANCE
+
+
 @pytest.mark.parametrize(("name", "train"), [("Mistral", False), ("Llama", True)])
 def test_padding_that_would_shift_a_window_and_training_are_left_to_the_model(name, train, torch_backend):
     model = zoo.build(name).train(train)
