@@ -19,15 +19,20 @@ __all__ = ["last_checkpoint", "trainer_of"]
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest in `folder` that is whole: a Trainer writes trainer_state.json last."""
+    """The newest in `folder` that is whole: a Trainer writes trainer_state.json last, and does without the rest."""
     numbers = {int(one.name[11:]): one for one in folder.glob("checkpoint-*") if one.name[11:].isdecimal()}
     for _, checkpoint in sorted(numbers.items(), reverse=True):
+        if not all(any(checkpoint.glob(name)) for name in _PARTS):
+            continue
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         return str(checkpoint)
     return None
+
+
+_PARTS = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
 def trainer_of(model: nn.Module, collator: Any, train: list[Any], held_out: list[Any], options: Namespace) -> Trainer:

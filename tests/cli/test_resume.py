@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from ptuning_fast.cli import output
+from ptuning_fast.cli.fit import last_checkpoint
 from ptuning_fast.cli.main import main
 from ptuning_fast.files import adapter, card
 from ptuning_fast.op import functional
@@ -66,10 +68,12 @@ def test_killed_and_resumed_is_undisturbed(command, tmp_path, capsys):
 
     (kept / "checkpoint-999").mkdir()  # one that was cut off when it was written
     (kept / "checkpoint-999/trainer_state.json").write_text("{")
+    shutil.copytree(last_checkpoint(kept), kept / "checkpoint-998")  # and one that somebody took a part of away
+    (kept / "checkpoint-998/optimizer.pt").unlink()
     (kept / "notes").mkdir()  # somebody's, which stays
     assert main(resume) == 0
     printed = capsys.readouterr().out
-    assert "going on from" in printed and "checkpoint-999" not in printed
+    assert "going on from" in printed and "checkpoint-99" not in printed
     assert [one.name for one in kept.iterdir()] == ["notes"]
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     assert "60 steps" in printed and "60 steps" in capsys.readouterr().out
