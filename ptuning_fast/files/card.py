@@ -41,7 +41,7 @@ def _write(
     text = f"{kind} for `{base_model or 'a model without a name'}`, by ptuning-fast.\n\n"
     text += "| | |\n| --- | --- |\n" + "\n".join(rows) + f"\n\n```python\n{code.strip()}\n```\n"
     if figures:
-        rows = [f"| {key} | {_cell(value)} |" for key, value in figures.items()]
+        rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in figures.items()]
         text += "\n| figure | value |\n| --- | --- |\n" + "\n".join(rows) + "\n"
     text = f"<!-- ptuning-fast -->\n{text}<!-- end of ptuning-fast -->\n"
     with adapter.saving(Path(folder)):
@@ -76,7 +76,8 @@ def write_adapter(
 ) -> None:
     """The card of a soft prompt, from the settings that are saved with it."""
     base, class_name = config["base_model_name_or_path"] or "", class_of(model).__name__
-    encoder = settings["encoder"] or {}
+    encoder, bank = settings["encoder"] or {}, settings["num_prompts"] is not None
+    which = ", prompt_index=prompt_index" * bank
     facts = {
         "task": config["task_type"],
         "virtual tokens": config["num_virtual_tokens"],
@@ -91,9 +92,9 @@ from ptuning_fast import SoftPrompt
 
 model = {class_name}.from_pretrained({base or "..."!r}).requires_grad_(False)
 prompt = SoftPrompt.from_pretrained(model, "path/to/this/folder")  # or its name on the hub
-output = model(**prompt(input_ids, attention_mask))
+output = model(**prompt(input_ids, attention_mask{which}))
 """
-    if settings["num_prompts"] is None:
+    if not bank:
         code += '\n# or: peft.PeftModel.from_pretrained(model, "path/to/this/folder")\n'
     _write(folder, _KINDS["prompt"], base, facts, code, figures)
 

@@ -131,6 +131,12 @@ def warn_of_strings(tokenizer: Any, before: str, ids: list[int], original: Any) 
 def warn_of_chats(tokenizer: Any, ids: list[int], original: Any) -> None:
     """A warning where a chat is tokenized otherwise behind the prompt's tokens, which its template begins with."""
     templates = original.chat_template
+    if templates and tokenizer.truncation_side == "left":
+        warnings.warn(
+            f"{type(tokenizer).__name__} cuts texts on the left, and of a chat that is the prompt, which its template "
+            "begins with: truncate chats on the right (truncation_side='right'), or drop their first messages",
+            stacklevel=4,
+        )
     for name, chat in itertools.product(templates if isinstance(templates, dict) else [None], _CHATS):
         try:
             expected = ids + original.apply_chat_template(chat, chat_template=name)["input_ids"]

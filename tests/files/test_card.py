@@ -81,6 +81,7 @@ def test_a_card_is_written_anew_and_what_others_wrote_stays(tmp_path):
     text = file.read_text()
     assert "license: mit" in text and text.endswith("Mine, too.\n") and "loss" not in text
     assert "| prompts | 3 |" in text and "| encoder | mlp |" in text and "peft.PeftModel" not in text
+    assert "prompt(input_ids, attention_mask, prompt_index=prompt_index)" in text
     file.write_text("Nothing of ours.\n")
     prompt_for().save_pretrained(tmp_path)
     assert file.read_text() == "Nothing of ours.\n"

@@ -149,6 +149,20 @@ def test_a_string_that_is_tokenized_otherwise(tmp_path):
         virtual_tokens.warn_of_chats(theirs, ids, original)
 
 
+def test_chats_that_are_cut_on_the_left(tmp_path):
+    original = byte_level()
+    original.chat_template = None
+    original.truncation_side = "left"
+    theirs, ids = saved(original, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        virtual_tokens.warn_of_chats(theirs, ids, original)  # there are none
+    original.chat_template = "{{ bos_token }} user: {{ messages[0].content }}"
+    theirs, ids = saved(original, tmp_path)
+    with pytest.warns(UserWarning, match="cuts texts on the left, and of a chat that is the prompt"):
+        virtual_tokens.warn_of_chats(theirs, ids, original)
+
+
 @pytest.mark.parametrize("post_processor", [True, False])
 def test_chats(tmp_path, post_processor):
     """They go past the post-processor, and begin with the prompt, then BOS, once each."""
