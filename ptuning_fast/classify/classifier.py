@@ -13,9 +13,10 @@ from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
 from ..files.base_model import same_name, warn_of_adapter, warn_of_rounding
 from ..models import describe, prepend
-from ..models.info import has_adapter
+from ..models.info import ModelInfo, has_adapter
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
+from ..modes.base import places_in_rows
 from ..op import Batch, Embedded, Layout, Prompt
 from ..prompt.initial import initial_prompt
 from .last_layer import of_pooled_rows, prunable
@@ -36,11 +37,20 @@ class _AsReference(Mode):
 
     name = "prepend"
 
+    def __init__(self, model: nn.Module, info: ModelInfo):
+        super().__init__(model, info)
+        with suppress(TypeError), torch.random.fork_rng(devices=[]):  # it is the torch.cat module all the same
+            self.probe(model)
+
     def embed(self, model: Any, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:
         return prepend(model.get_input_embeddings(), batch, prompt, layout)
 
     def inputs(self, model: Any, embedded: Embedded, prompt: Prompt) -> dict[str, Any]:
         return embedded.as_inputs()
+
+    def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
+        assert batch.attention_mask is not None
+        return places_in_rows(batch.attention_mask, m)
 
 
 class FastPTuning(nn.Module):

@@ -45,11 +45,11 @@ class ModelLoss:
 
     def is_exact_in_one_row(self, model: Any) -> bool:
         """Whether that is known of a loss of labels one per token, in a packed batch."""
-        return is_of_tokens(model) and not self.known(picks_by_mask, model, False)
+        return is_of_tokens(model) and not self.known(picks_by_mask, model, self.info.picks_labels)
 
     def check_in_one_row(self, model: Any, mode: str) -> None:
         """ValueError for a loss that comes out otherwise there; a warning where it may."""
-        if self.known(picks_by_mask, model, False):
+        if self.known(picks_by_mask, model, self.info.picks_labels):
             raise ValueError(
                 f"mode={mode!r}: the loss of {self.info.name} picks labels by attention_mask, which a packed batch has "
                 "not: take mode='prepend', or compute it from the logits"

@@ -30,6 +30,7 @@ class ModelInfo:
     pooled: str | None  # which end of a row a sequence classifier reads: "left" (encoders), "right" (decoders)
     labels_are_rows: bool  # labels belong to whole rows, or to the decoder of an encoder-decoder, whatever their shape
     per_token: bool  # outputs and labels are one per token
+    picks_labels: bool  # whether its loss seems to go by the mask; loss/kinds.py finds out, but not under torch.compile
     has_pooler: bool
     adjacent: bool  # the prompt goes next to the text, behind padding on the left; not where a pooler reads column 0
     cache: str | None  # what its forward calls a cache; None: it takes none
@@ -187,6 +188,7 @@ def describe(model: nn.Module) -> ModelInfo:
         pooled=pooled,
         labels_are_rows=not is_a(model, "ForTokenClassification") and (has_decoder(model) or pooled is not None),
         per_token=is_a(model, *_PER_TOKEN) and not is_a(model, *_PER_TEXT),
+        picks_labels=any("active_loss" in getattr(code, "co_varnames", ()) for code in _codes(model)),
         has_pooler=has_pooler,
         adjacent=not (has_pooler and absolute),
         cache=next((name for name in ("cache", "past_key_values") if name in takes), None),
@@ -198,6 +200,12 @@ def describe(model: nn.Module) -> ModelInfo:
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 _PER_TEXT: tuple[str, ...] = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _PER_TEXT += ("ForNextSentencePrediction", "ForPreTraining")
+
+
+def _codes(model: nn.Module) -> list[Any]:
+    """The code of its forward, and of those of the classes that it comes from."""
+    kinds: list[Any] = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
+    return [getattr(inspect.unwrap(kind.forward), "__code__", None) for kind in kinds]
 
 
 def is_a(model: nn.Module, *ends: str) -> bool:

@@ -321,6 +321,20 @@ def test_other_encoders(kind):
             fast(torch.cat([ids, ids[:, :1]], 1))
 
 
+def test_encoders_that_let_padding_through_to_the_text():
+    """What they predict depends on the texts beside. A probe draws nothing of what the module draws."""
+    sizes = {"vocab_size": zoo.V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for kind, lets in (("yoso", True), ("layoutlm", False)):
+        encoder = AutoModel.from_config(AutoConfig.for_model(kind, intermediate_size=48, **sizes)).eval()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.manual_seed(0)
+            model = FastPTuning(encoder, 3, 2)
+        assert lets == any("depend on the padding beside a text" in str(one.message) for one in said)
+        torch.manual_seed(0)
+        assert torch.equal(model.prompt_embeddings, torch.randn(3, 32))
+
+
 def test_models_that_are_no_encoders():
     with pytest.raises(TypeError, match="not Linear"):
         FastPTuning(torch.nn.Linear(2, 2))
