@@ -99,10 +99,12 @@ def _check_tied(
     tied = [one for one, tensor in own.items() if tensor.data_ptr() == own[name].data_ptr() and tensor.numel()]
     apart = [one for one in tied if one not in head or not torch.equal(head[one], head[name])]
     if apart and not torch.equal(head[name].to(own[name]), own[name]):
+        way_out = "load the model with tie_word_embeddings=False, which leaves it to the adapter"
+        if getattr(model.config, "is_encoder_decoder", False):  # two of whose tables would then be new ones
+            way_out = "leave the adapter to PEFT"
         raise ValueError(
-            f"{name} of {type(model).__name__} is tied to {apart[0]}, and the adapter in {folder} brings its own: load "
-            "the model with tie_word_embeddings=False, which leaves it to the adapter, or leave the adapter to PEFT "
-            "where they are tied all the same (T5)"
+            f"{name} of {type(model).__name__} is tied to {apart[0]}, and the adapter in {folder} brings its own: "
+            + way_out
         )
 
 
