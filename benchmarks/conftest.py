@@ -24,6 +24,12 @@ def pytest_configure(config):
     config.stash[MEASURED] = []
 
 
+@pytest.fixture(scope="session")
+def checked_alone(pytestconfig):
+    """Whether nothing is timed: then small sizes do."""
+    return pytestconfig.getoption("benchmark_disable")
+
+
 @pytest.fixture(autouse=True)
 def collected(request):
     """Keep the figures of each case that was timed for the table at the end."""

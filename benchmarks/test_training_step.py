@@ -94,8 +94,9 @@ def encoder(request):
 
 
 @pytest.fixture(scope="module")
-def batches():
-    return [tuple(tensor.to(DEVICE) for tensor in batch) for batch in docstring_batches(8, BATCH_SIZE, MAX_LENGTH)]
+def batches(checked_alone):
+    size = (1, 4) if checked_alone else (8, BATCH_SIZE)
+    return [tuple(tensor.to(DEVICE) for tensor in batch) for batch in docstring_batches(*size, MAX_LENGTH)]
 
 
 def stepper(module, name):

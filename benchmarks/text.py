@@ -1,5 +1,6 @@
 """Real text, tokenised once: the docstrings of Python's standard library, in ragged batches."""
 
+import functools
 from random import Random
 
 import torch
@@ -24,13 +25,12 @@ def docstring_batches(count, batch_size, max_length):
     int64; [batch_size, n] twice and [batch_size]. Token ids are those of MiniLM's WordPiece (V = 30522), or, where it
     is not installed, of a WordPiece of as many pieces trained on the docstrings themselves.
     """
-    texts, labels = stdlib_docstrings()
+    ids, labels = _tokenized(max_length)
     number = {label: place for place, label in enumerate(sorted(set(labels)))}
-    ids = _tokenized(texts, max_length)
     random = Random(0)
     batches = []
     for _ in range(count):
-        rows = random.sample(range(len(texts)), batch_size)
+        rows = random.sample(range(len(ids)), batch_size)
         longest = max(len(ids[row]) for row in rows)
         input_ids = torch.tensor([ids[row] + [0] * (longest - len(ids[row])) for row in rows])
         lengths = torch.tensor([[len(ids[row])] for row in rows])
@@ -39,16 +39,19 @@ def docstring_batches(count, batch_size, max_length):
     return batches
 
 
-def _tokenized(texts, max_length):
+@functools.cache
+def _tokenized(max_length):
+    """The texts' ids and their labels, two lists as long."""
+    texts, labels = stdlib_docstrings()
     folder = encoder_folder()
     if folder is not None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"], labels
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer = BertWordPieceTokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=30522, show_progress=False)
     tokenizer.enable_truncation(max_length)
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts)], labels
