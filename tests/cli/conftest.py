@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from ptuning_fast.op import functional
 from ptuning_fast.texts.docstrings import stdlib_docstrings
+
+
+@pytest.fixture(autouse=True)
+def torch_backend(monkeypatch):
+    """The command line as users without a GPU run it: Triton's interpreter would take minutes."""
+    monkeypatch.setattr(functional, "kernels", None)
 
 
 @pytest.fixture(scope="session")

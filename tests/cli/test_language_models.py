@@ -20,13 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 from ptuning_fast.cli import tasks
 from ptuning_fast.cli.main import main, parser
-from ptuning_fast.op import functional
 from ptuning_fast.texts import tables, tokens
-
-
-@pytest.fixture(autouse=True)
-def torch_backend(monkeypatch):
-    monkeypatch.setattr(functional, "kernels", None)
 
 
 @pytest.fixture

@@ -17,12 +17,6 @@ from ptuning_fast.cli import output
 from ptuning_fast.cli.fit import last_checkpoint
 from ptuning_fast.cli.main import main
 from ptuning_fast.files import adapter, card
-from ptuning_fast.op import functional
-
-
-@pytest.fixture(autouse=True)
-def torch_backend(monkeypatch):
-    monkeypatch.setattr(functional, "kernels", None)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -17,7 +16,6 @@ from packaging.version import Version
 from ptuning_fast.cli import fit
 from ptuning_fast.cli.main import main
 from ptuning_fast.files import adapter
-from ptuning_fast.op import functional
 
 PROGRAM = """
 import json
@@ -38,11 +36,6 @@ sys.exit(max([*statuses, main(last)]))
 """
 GOING_ON = Version(transformers.__version__) >= Version("5.23")
 """On CPUs the Trainer of transformers 5.17 cannot load an optimizer's state into two processes: there they begin."""
-
-
-@pytest.fixture(autouse=True)
-def torch_backend(monkeypatch):
-    monkeypatch.setattr(functional, "kernels", None)
 
 
 def interrupted(*args, **kwargs):
