@@ -13,7 +13,7 @@ from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
 from ..files.base_model import same_name, warn_of_adapter, warn_of_rounding
 from ..models import describe, prepend
-from ..models.info import ModelInfo, has_adapter
+from ..models.info import ModelInfo, has_adapter, has_decoder
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
 from ..modes.base import places_in_rows
@@ -125,7 +125,7 @@ class FastPTuning(nn.Module):
         self.bert: Any = given if loaded else AutoModel.from_pretrained(located(given))
         if self.bert.base_model is not self.bert:
             raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
-        if self.bert.config.is_encoder_decoder:
+        if has_decoder(self.bert):
             raise TypeError(f"{type(self.bert).__name__} is encoder and decoder: give its encoder alone")
         info = self._info = describe(self.bert)
         # The layout of the reference where that applies; any other model gets what it takes to ignore padding.
@@ -156,7 +156,8 @@ class FastPTuning(nn.Module):
         table: Any = self.bert.get_input_embeddings()
         prompt = initial_prompt(init, prompt_length, table, located(self.base_model))
         self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
-        width = getattr(self.bert.config, "word_embed_proj_dim", self.bert.config.hidden_size)  # the former: OPT's
+        settings = self.bert.config.get_text_config()
+        width = getattr(settings, "word_embed_proj_dim", settings.hidden_size)  # the former: OPT's
         self.classifier = nn.Linear(width, num_labels).to(table.weight.device)
 
         positions = info.max_positions
@@ -167,7 +168,7 @@ class FastPTuning(nn.Module):
                 f"{type(self.bert).__name__} has {positions} positions"
             )
         if max_length is None:
-            limit = positions or getattr(self.bert.config, "max_position_embeddings", None)
+            limit = positions or getattr(settings, "max_position_embeddings", None)
             max_length = None if limit is None else limit - prompt_length
         elif not 1 <= max_length <= (room or max_length):
             raise ValueError(f"max_length={max_length} is not between 1 and {room}, the room for text")
@@ -195,7 +196,8 @@ class FastPTuning(nn.Module):
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)
         order = None
-        if self._served.packed and attention_mask is not None:
+        fits = all(one is None or one.shape == input_ids.shape for one in given)  # else the op says what does not
+        if self._served.packed and attention_mask is not None and fits:
             # Sequences of one length side by side share one attention call.
             order = (attention_mask != 0).sum(1).argsort()
             ids, *rest = given

@@ -6,6 +6,7 @@ import pickle
 import warnings
 
 import pytest
+import sweep
 import torch
 import zoo
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -406,6 +407,21 @@ def test_decoders(name, pooling):
             assert (fast(text[None])[0] - logits[row]).abs().max() <= zoo.TOLERANCE
     logits.square().sum().backward()
     assert fast.prompt_embeddings.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["BART", "T5", "gemma3"])
+def test_encoders_of_two_and_models_of_more_than_text(kind):
+    """The encoder in an encoder-decoder, whose config is that of both; and one with the text's in a part of its own."""
+    if kind == "gemma3":
+        model = sweep.build(kind, "Gemma3ForConditionalGeneration", "sdpa").base_model
+    else:
+        model = zoo.build(kind).get_encoder()
+    fast = FastPTuning(model, zoo.M, 3, pooling="mean").eval()
+    logits = fast(*zoo.padded(zoo.texts(), "right"))
+    for row, text in enumerate(zoo.texts()):
+        embeds = torch.cat([fast.prompt_embeddings, model.get_input_embeddings()(text)])[None]
+        expected = fast.classifier(model(inputs_embeds=embeds).last_hidden_state[0, zoo.M :].mean(0))
+        assert (logits[row] - expected).abs().max() <= zoo.TOLERANCE
 
 
 @pytest.mark.parametrize("pooling", ["first", "cls", "mean", "last"])

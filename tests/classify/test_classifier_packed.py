@@ -39,6 +39,15 @@ def test_packed_without_a_mask_and_with_types():
     assert_same([packed(ids[:1], mask[:1])], [plain(ids[:1], mask[:1])])
 
 
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+def test_shapes_that_do_not_fit(mode):
+    """None is cut to the other, though packed texts are sorted by their masks."""
+    model, ids, mask = build("BERT", mode=mode), *zoo.padded(zoo.texts(), "right")
+    for given in ((ids, mask[:2]), (ids[:2], mask), (ids, mask[:, None].expand(-1, 9, -1)), (ids, mask, ids[:2])):
+        with pytest.raises(ValueError, match=r"must be \(.*as input_ids; it is \("):
+            model(*given)
+
+
 @pytest.mark.parametrize("pooling", ["first", "cls", "last", "mean"])
 def test_texts_without_tokens(pooling):
     packed = build("BERT", mode="packed", pooling=pooling)
