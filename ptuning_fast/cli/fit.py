@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -22,7 +24,7 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest in `folder` that is whole: a Trainer writes trainer_state.json last, and does without the rest."""
     numbers = {int(one.name[11:]): one for one in folder.glob("checkpoint-*") if one.name[11:].isdecimal()}
     for _, checkpoint in sorted(numbers.items(), reverse=True):
-        if not all(any(checkpoint.glob(name)) for name in _PARTS):
+        if not all(any(map(_ends_well, checkpoint.glob(name))) for name in _PARTS):
             continue
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -32,7 +34,18 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-_PARTS = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+
+
+def _ends_well(file: Path) -> bool:
+    """Whether nothing was cut off from it; torch.save writes ZIP files, which have their table at the end."""
+    if file.suffix != ".safetensors":
+        return zipfile.is_zipfile(file)
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def trainer_of(model: nn.Module, collator: Any, train: list[Any], held_out: list[Any], options: Namespace) -> Trainer:

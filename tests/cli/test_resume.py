@@ -64,6 +64,9 @@ def test_killed_and_resumed_is_undisturbed(command, tmp_path, capsys):
     (kept / "checkpoint-999/trainer_state.json").write_text("{")
     shutil.copytree(last_checkpoint(kept), kept / "checkpoint-998")  # and one that somebody took a part of away
     (kept / "checkpoint-998/optimizer.pt").unlink()
+    for number, name in enumerate(("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"), 994):
+        cut = shutil.copytree(last_checkpoint(kept), kept / f"checkpoint-{number}") / name  # or that a full disk cut
+        os.truncate(cut, cut.stat().st_size - 9)
     (kept / "notes").mkdir()  # somebody's, which stays
     assert main(resume) == 0
     printed = capsys.readouterr().out
