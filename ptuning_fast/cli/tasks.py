@@ -288,7 +288,12 @@ class Language:
         options_ = {"max_new_tokens": new, "pad_token_id": tokenizer.pad_token_id, "return_dict_in_generate": False}
         ends = tokens.ends(model.prompt.model, tokenizer)
         options_ |= {"num_beams": 1, "num_return_sequences": 1, "eos_token_id": ends or None}
-        out = model.prompt.generate(*given, do_sample=False, **options_).tolist()
+        try:
+            out = model.prompt.generate(*given, do_sample=False, **options_).tolist()
+        except (TypeError, ValueError) as error:
+            if len(texts) > 1:  # padding on the left is what some refuse
+                return [Language.predicted(model, tokenizer, [text], options)[0][0] for text in texts], 0
+            raise InputError(str(error).splitlines()[0]) from None
         new_tokens = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in out]
         texts = [tokens.continued(row["input_ids"], ids, tokenizer) for row, ids in zip(rows, new_tokens)]
         return [text.replace("\r\n", "\r").replace("\n", "\\n") for text in texts], 0

@@ -246,6 +246,27 @@ def test_a_continuation_is_one_line(untrained, tmp_path, capsys, monkeypatch):
     assert lines == ["a \\nb", " c\\n ", "d        e"] == [written(text) for text in breaks]
 
 
+def test_predict_with_models_that_count_padding(language_model, tmp_path, capsys):
+    """They get each text by itself; one that generates from no embeddings is said to."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 500, "pad_token_id": 0}
+    for kind, more in (("openai-gpt", {"n_head": 4}), ("rwkv", {"attention_hidden_size": 32})):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes, **more))
+        for one in (model, AutoTokenizer.from_pretrained(language_model)):
+            one.save_pretrained(tmp_path / kind)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+        SoftPrompt(model, 4, init="normal").save_pretrained(tmp_path / "prompt" / kind)
+    (tmp_path / "texts.txt").write_text("Parse it")
+    predict = ["predict", "--file", str(tmp_path / "texts.txt"), "--adapter"]
+    assert main([*predict, str(tmp_path / "prompt/openai-gpt")]) == 2
+    assert "OpenAIGPTLMHeadModel doesn't have its forwarding implemented" in capsys.readouterr().err
+    texts = ["Return the logger", "Wait", "Parse it now, and twice"]
+    options = "--max-new-tokens", "5"
+    folder = tmp_path / "prompt/rwkv"
+    alone = [predicted(folder, text, capsys, *options)[0] for text in texts]
+    assert predicted(folder, "\n".join(texts), capsys, *options) == alone and len(set(alone)) == 3
+
+
 def test_predict_leaves_the_end_of_a_prompt_out(untrained, tmp_path, capsys):
     """Where a tokenizer adds it; training does the same."""
     folder, tokenizer, continued = untrained
