@@ -196,8 +196,7 @@ class FastPTuning(nn.Module):
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)
         order = None
-        fits = all(one is None or one.shape == input_ids.shape for one in given)  # else the op says what does not
-        if self._served.packed and attention_mask is not None and fits:
+        if self._served.packed and attention_mask is not None and given.fits():
             # Sequences of one length side by side share one attention call.
             order = (attention_mask != 0).sum(1).argsort()
             ids, *rest = given

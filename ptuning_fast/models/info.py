@@ -135,7 +135,7 @@ class ModelInfo:
             ValueError: padding on the left for a model that counts columns.
         """
         mask = batch.attention_mask
-        if mask is None or mask.shape != batch.input_ids.shape:  # the op says what is wrong with it
+        if mask is None or not batch.fits():
             return batch
         if self.has_pooler and self.adjacent and self.pooled is None and (mask[:, :1] == 0).any():
             warnings.warn(

@@ -66,7 +66,7 @@ class CachedPrompt:
         mask, m = batch.attention_mask, prompt.vectors.shape[-2]
         if prompt.vectors.dim() != 2 or 0 in batch.input_ids.shape:
             return None
-        if mask is not None and (mask.shape != batch.input_ids.shape or bool((mask == 0).all(1).any())):
+        if mask is not None and (not batch.fits() or bool((mask == 0).all(1).any())):
             return None
         padded_left = mask is not None and bool((mask[:, 0] == 0).any())
         if ("left" if padded_left else "right") not in self.exact_sides:

@@ -243,6 +243,24 @@ def test_batches_of_nothing_and_labels_of_another_shape(mode):
         prompt(ids.tolist(), mode=mode)
 
 
+@pytest.mark.parametrize(
+    ("class_name", "mode"),
+    [
+        *(("BertModel", mode) for mode in ("prepend", "packed", "auto")),
+        *(("BertForSequenceClassification", mode) for mode in ("prepend", "auto")),
+    ],
+)
+def test_shapes_that_do_not_fit(class_name, mode):
+    """None is cut to the size of the others, also where a classifier's padding is moved to the end that it reads."""
+    prompt, (ids, mask) = SoftPrompt(zoo.build("BERT", class_name), zoo.M), zoo.padded(zoo.texts(), "left")
+    (B, n), types = ids.shape, torch.zeros_like(ids)
+    for shape in ((B + 1, n), (B - 1, n), (1, n), (B, n + 1), (B, n - 1), (B, 1), (B, 1, n), (n,)):
+        other = torch.ones(shape, dtype=torch.int64)
+        for given in ((ids, other, types), (ids, mask, other)):
+            with pytest.raises(ValueError, match=r"must be \(.*as input_ids; it is \("):
+                prompt(*given, mode=mode)
+
+
 def test_lengths_that_are_no_number():
     with pytest.raises(TypeError, match=r"length is the number of virtual tokens, an int; it is a float"):
         SoftPrompt(zoo.build("Llama"), 2.5)
