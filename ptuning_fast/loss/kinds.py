@@ -41,16 +41,18 @@ def has_causal_loss(model: Any, info: ModelInfo) -> bool:
     if getattr(inner, "loss_function", None) is not ForCausalLMLoss:
         return False
     ids, labels = short_text(inner)
+    labels = torch.cat([ids[:, :1], torch.full_like(labels[:, 1:], -100)], 1)
     with quietly(inner):
         try:
-            one, two = (inner(input_ids=ids, labels=given).loss for given in (labels, _with_first(labels, ids)))
+            loss = inner(input_ids=ids, labels=labels).loss
         except Exception:  # whatever a model that needs more than ids does
             return True
-    return one is not None and torch.allclose(one, two, rtol=1e-5)
+    return loss is not None and not _counts(loss.item())
 
 
-def _with_first(labels: Tensor, ids: Tensor) -> Tensor:
-    return torch.cat([ids[:, :1], labels[:, 1:]], 1)
+def _counts(loss: float) -> bool:
+    """Whether a label has a part in it: transformers' mean of none is NaN. Half precision hides no label here."""
+    return math.isfinite(loss) and loss != 0
 
 
 def is_of_tokens(model: Any) -> bool:
@@ -119,12 +121,20 @@ def picks_by_mask(model: Any, info: ModelInfo) -> bool:
     last = torch.arange(ids.shape[1], device=ids.device)[None] == ids.shape[1] - 1
     given = {"input_ids": ids, "attention_mask": (~last).long()}
     labels = torch.zeros_like(ids)
+    none = torch.full_like(ids, -100)
+
+    def loss(labels: Tensor) -> float:
+        return inner(**given, labels=labels).loss.item()
+
     with quietly(inner):
         try:
-            one, two = (inner(**given, labels=some).loss.item() for some in (labels, labels.masked_fill(last, -100)))
+            if loss(labels) != loss(labels.masked_fill(last, -100)):
+                return False
+            # In half precision, or of a head that is zero, the means may be the same: then that label alone says it,
+            # unless -100 is a number like others (ELECTRA's loss of replaced tokens), of which no mean is the same.
+            return not _counts(loss(labels.masked_fill(~last, -100))) or _counts(loss(none))
         except Exception:  # whatever a model that needs more than ids does
             return False
-    return one == two
 
 
 def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -158,7 +168,7 @@ def warn_of_ignored(model: Any, info: ModelInfo) -> None:
             loss = inner(input_ids=ids, labels=torch.full_like(ids, -100)).loss.item()
         except Exception:  # whatever a model that needs more than ids does
             return
-    if math.isfinite(loss) and loss != 0:
+    if _counts(loss):
         warnings.warn(
             f"the loss of {info.name} counts rows whose label is -100, and so those of virtual tokens: compute it from "
             "the logits of the tokens",

@@ -177,7 +177,7 @@ class PromptedModel(nn.Module):
                 raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
             if not torch.is_tensor(value) or name.startswith("decoder_") or name in (*_COLUMNS, "logits_to_keep"):
                 continue
-            if value.shape[:2] == input_ids.shape or "position" in name or name == "cls_index":
+            if value.shape[:2] == input_ids.shape or "position" in name or name in ("cls_index", "lengths"):
                 raise ValueError(
                     f"{name} is of columns that a prompt moves, and nobody knows what it is on the prompt's"
                 )

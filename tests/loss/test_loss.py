@@ -14,6 +14,7 @@ import zoo
 from transformers import BambaConfig, BambaForCausalLM, FunnelConfig, FunnelModel
 
 from ptuning_fast import PromptedModel, SoftPrompt
+from ptuning_fast.loss.kinds import has_causal_loss, picks_by_mask
 from ptuning_fast.loss.labelled import keeps_labelled_rows
 from ptuning_fast.loss.model_loss import ModelLoss
 from ptuning_fast.models import describe
@@ -364,6 +365,29 @@ def test_a_loss_that_picks_its_labels_by_the_mask(torch_backend):
     assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
     with pytest.raises(ValueError, match="picks labels by attention_mask, which a packed batch has not"):
         prompt.loss(ids, mask, labels=labels, mode="packed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kinds_of_losses_in_half_precision(dtype):
+    """In which the means over two sets of labels may be the same number."""
+    decoder = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "n_layer": 1}
+    for class_name, picks, causal in (
+        ("BertForTokenClassification", False, False),
+        ("BertForMaskedLM", False, False),
+        ("ElectraForPreTraining", True, False),
+        ("XLMRobertaXLForTokenClassification", True, False),
+        ("BartForCausalLM", False, False),
+        ("XLNetLMHeadModel", False, False),
+        ("LlamaForCausalLM", False, True),
+    ):
+        kind = getattr(transformers, class_name)
+        sizes = {**decoder, "n_head": 4, "d_inner": 48} if class_name.startswith(("Bart", "XLNet")) else SIZES
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = kind(kind.config_class(vocab_size=2000, pad_token_id=0, **sizes)).to(dtype).eval()
+            info = describe(model)
+            found = picks_by_mask(model, info), has_causal_loss(model, info)
+            assert found == (picks, causal), (class_name, seed)
 
 
 def test_what_is_taken_for_granted_where_a_loss_cannot_be_probed(monkeypatch, torch_backend):

@@ -124,6 +124,7 @@ def test_a_decoders_answers_are_in_its_own_columns():
         ("mm_token_type_ids", torch.zeros(4, 7).long()),
         ("entity_position_ids", torch.zeros(4, 2, 3).long()),
         ("cls_index", torch.zeros(4).long()),
+        ("lengths", torch.full((4,), 7)),
     ],
 )
 def test_columns_that_a_prompt_moves_are_refused(name, value):
