@@ -272,7 +272,18 @@ def judge(model, rows, first, truth, mode, side) -> Verdict:
         own = generated(model, *padded([torch.cat([first, one]) for one in rows], side))
         if max(off(one, other) for one, other in zip(actual, own)) <= most:
             return Verdict("as ids", f"{worst:.1e}")
+        own = zip(rows, [] if model.config.is_encoder_decoder else truth)
+        if not all(is_of_forward(model, torch.cat([first, one])[None], new) for one, new in own):
+            return Verdict("-", "nor does the model itself generate what its forward says")
     return Verdict("WRONG", f"{worst:.1e}")
+
+
+def is_of_forward(model, ids, new):
+    """Whether a forward without a cache has the scores `new` [NEW, V], which the model itself had behind `ids` [1, n]."""
+    chosen = new.masked_fill(new == 0, float("-inf")).argmax(-1)  # 0: those of an end
+    ids = torch.cat([ids, chosen[None]], 1)
+    out = run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1)[0, -NEW - 1 : -1]
+    return off(out.masked_fill(new == 0, 0.0), new) <= OF_NEW
 
 
 def next_of(model, ids):

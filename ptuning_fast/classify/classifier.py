@@ -13,7 +13,7 @@ from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
 from ..files.base_model import same_name, warn_of_adapter, warn_of_rounding
 from ..models import describe, prepend
-from ..models.info import ModelInfo, has_adapter, has_decoder
+from ..models.info import ModelInfo, has_adapter
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
 from ..modes.base import places_in_rows
@@ -125,9 +125,9 @@ class FastPTuning(nn.Module):
         self.bert: Any = given if loaded else AutoModel.from_pretrained(located(given))
         if self.bert.base_model is not self.bert:
             raise TypeError(f"{type(self.bert).__name__} has a head of its own: give the encoder in it, .base_model")
-        if has_decoder(self.bert):
-            raise TypeError(f"{type(self.bert).__name__} is encoder and decoder: give its encoder alone")
         info = self._info = describe(self.bert)
+        if "decoder_input_ids" in info.takes:
+            raise TypeError(f"{type(self.bert).__name__} is encoder and decoder: give its encoder alone")
         # The layout of the reference where that applies; any other model gets what it takes to ignore padding.
         as_reference = hasattr(getattr(self.bert, "embeddings", None), "word_embeddings")
         if pooling in ("first", "cls") and not as_reference and is_causal(self.bert):

@@ -69,17 +69,35 @@ def peft_config(model: Any, base_model: str, length: int, d: int, modules: set[s
 def head_of(model: Any, task: str) -> dict[str, Tensor]:
     """The parameters outside the base model of a classifier: {"classifier.weight": ...}; none for other tasks.
 
-    None either of a model that PEFT has wrapped (LoRA and the like): it keeps its head with its own adapter.
+    And its pooler, where that is as new: the checkpoint of a masked language model has none.
+
+    None of a model that PEFT has wrapped (LoRA and the like): it keeps its head with its own adapter.
     """
-    if task not in HEADS or hasattr(getattr(model, "_orig_mod", model), "peft_config"):
+    if hasattr(getattr(model, "_orig_mod", model), "peft_config"):
         return {}
     model = unwrapped(model)
+    if not (task in HEADS or is_a(model, "ForMultipleChoice")):
+        return {}
     inner = [model.base_model_prefix]
     if model.base_model is model:  # T5ForQuestionAnswering has encoder and decoder in it
         inner = [
             name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
         ]
-    return {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] not in inner}
+    new = _new_in_pooler(model)
+    return {name: one for name, one in model.state_dict().items() if name in new or name.partition(".")[0] not in inner}
+
+
+def _new_in_pooler(model: Any) -> set[str]:
+    """The parameters of a pooler that transformers has drawn beside embeddings that it has loaded."""
+    table = model.get_input_embeddings()
+    if not any(getattr(one, _LOADED, False) for one in table.parameters()):
+        return set()
+    base = f"{model.base_model_prefix}."
+    inside = model.base_model.named_parameters(base.rstrip("."))
+    return {name for name, one in inside if name.startswith(f"{base}pooler.") and not getattr(one, _LOADED, False)}
+
+
+_LOADED = "_is_hf_initialized"  # transformers' mark on parameters that a checkpoint had
 
 
 def modules_of(model: Any, head: dict[str, Tensor]) -> set[str]:
@@ -87,8 +105,10 @@ def modules_of(model: Any, head: dict[str, Tensor]) -> set[str]:
 
     It goes by the end of a module's name.
     """
-    tops = {name.partition(".")[0] for name in head}
-    others = [name for name, _ in unwrapped(model).named_modules() if name.partition(".")[0] not in tops]
+    base = f"{unwrapped(model).base_model_prefix}."
+    tops = {base * name.startswith(base) + name.removeprefix(base).partition(".")[0] for name in head}
+    inside = tuple(f"{top}." for top in tops)
+    others = [name for name, _ in unwrapped(model).named_modules() if not f"{name}.".startswith(inside)]
     return {top for top in tops if not any(name.endswith(top) for name in others)}
 
 

@@ -438,7 +438,8 @@ def test_an_encoder_that_the_reference_does_not_take(pooling):
 def test_models_that_are_refused():
     with pytest.raises(ValueError, match="GPT2Model is causal: take 'last' or 'mean'"):
         FastPTuning(zoo.build("GPT-2").base_model, 3)
-    with pytest.raises(TypeError, match="give its encoder alone"):
-        FastPTuning(zoo.build("T5", "T5Model"), 3)
+    for is_both in (True, False):  # the latter: AutoModel, of what T5EncoderModel has saved
+        with pytest.raises(TypeError, match="give its encoder alone"):
+            FastPTuning(zoo.build("T5", "T5Model", is_encoder_decoder=is_both), 3)
     encoder = zoo.build("T5", "T5EncoderModel")
     assert FastPTuning(encoder, 3, pooling="mean")(*zoo.padded(zoo.texts(), "left")).shape == (4, 2)

@@ -1,6 +1,7 @@
 """Heads, and whatever else of a model goes with a prompt into PEFT's files, both ways."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 import zoo
 
-from ptuning_fast import SoftPrompt
+from ptuning_fast import PromptedModel, SoftPrompt
 from ptuning_fast.files import adapter
 from ptuning_fast.files import peft as peft_files
 
@@ -31,6 +32,46 @@ def test_another_head(tmp_path):
     with pytest.raises(ValueError, match=r"classifier.*\[2.*has \[5.*num_labels"):
         SoftPrompt.from_pretrained(model, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("before", "class_name", "modules"),
+    [
+        ("BertForMaskedLM", "BertForSequenceClassification", ["bert.pooler", "classifier"]),
+        ("AlbertForMaskedLM", "AlbertForSequenceClassification", ["albert.pooler", "classifier"]),
+        ("BertModel", "BertForSequenceClassification", ["classifier"]),
+        ("BertModel", "BertForMultipleChoice", ["classifier"]),
+    ],
+)
+def test_what_a_checkpoint_has_not_goes_with_the_prompt(tmp_path, before, class_name, modules):
+    """A masked language model's has no pooler, and a new one is drawn at each load: kept, and trained as heads are."""
+    zoo.build(before.partition("For")[0].removesuffix("Model").upper(), before).save_pretrained(tmp_path / "model")
+
+    def load(seed):
+        torch.manual_seed(seed)
+        return getattr(transformers, class_name).from_pretrained(tmp_path / "model").eval()
+
+    trained = PromptedModel(load(1), zoo.M).eval()
+    of_model = {name for name, one in trained.model.named_parameters() if one.requires_grad}
+    assert {name.rpartition(".")[0].removesuffix(".dense") for name in of_model} == set(modules)
+    trained.save_pretrained(tmp_path / "prompt")
+    assert json.loads((tmp_path / "prompt" / adapter.CONFIG).read_text())["modules_to_save"] == modules
+    theirs = peft.PeftModel.from_pretrained(load(2), tmp_path / "prompt").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = [PromptedModel.from_pretrained(load(3), tmp_path / folder).eval() for folder in ("prompt", "theirs")]
+    again.append(PromptedModel(load(4), zoo.M).eval())
+    again[-1].load_state_dict(trained.state_dict())  # a Trainer's checkpoint, in another process
+    ids, mask = zoo.padded(zoo.texts(), "right")
+
+    def logits(model):
+        if class_name != "BertForMultipleChoice":
+            return model(input_ids=ids, attention_mask=mask).logits
+        inputs = {name: value.unflatten(0, (2, 2)) for name, value in model.prompt(ids, mask).items()}
+        return model.model(**inputs).logits
+
+    assert all(torch.equal(logits(one), logits(trained)) for one in again)
+    if class_name != "BertForMultipleChoice":
+        assert (logits(theirs) - logits(trained)).abs().max() <= zoo.TOLERANCE
 
 
 def test_the_heads_of_two_adapters(tmp_path):
@@ -165,7 +206,7 @@ def test_modules_that_peft_would_take_others_for():
     """It goes by the ends of names: an image encoder's head, beside that of the whole."""
     part = torch.nn.Linear(2, 2)
     model = torch.nn.ModuleDict({"vision": torch.nn.ModuleDict({"head": part}), "head": part, "pre_score": part})
-    model["score"] = part
+    model["score"], model.base_model_prefix = part, "vision"
     head = dict.fromkeys(("head.weight", "score.weight", "pre_score.weight"), part.weight)
     assert peft_files.modules_of(model, head) == {"score", "pre_score"}
 
