@@ -279,7 +279,7 @@ def judge(model, rows, first, truth, mode, side) -> Verdict:
 
 
 def is_of_forward(model, ids, new):
-    """Whether a forward without a cache has the scores `new` [NEW, V], which the model itself had behind `ids` [1, n]."""
+    """Whether a forward without a cache has the scores `new` [NEW, V] that the model itself had behind `ids` [1, n]."""
     chosen = new.masked_fill(new == 0, float("-inf")).argmax(-1)  # 0: those of an end
     ids = torch.cat([ids, chosen[None]], 1)
     out = run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1)[0, -NEW - 1 : -1]
