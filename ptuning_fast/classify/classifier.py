@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
-from ..files.base_model import same_name, warn_of_adapter, warn_of_rounding
+from ..files.base_model import same_name, settings_of, warn_of_adapter, warn_of_rounding, warn_of_weights
 from ..models import describe, prepend
-from ..models.info import ModelInfo, has_adapter
+from ..models.info import ModelInfo
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
 from ..modes.base import places_in_rows
@@ -289,7 +289,7 @@ class FastPTuning(nn.Module):
             )
         settings = {key: getattr(self, key) for key in classifier_files.SETTINGS}
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
-        settings["with_adapter"] = has_adapter(self.bert)
+        settings |= settings_of(self.bert)
         adapter.check_whole(self.prompt_embeddings)
         self.state_dict()  # for which FSDP2 shards what a forward has left whole, and in half precision
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
@@ -310,8 +310,8 @@ class FastPTuning(nn.Module):
         Args:
             folder: where the adapter is: a folder, or a repository on the hub ("user/name").
             model_name: the encoder, where it is not what the name gives that the adapter was trained with: another
-                revision of it, a subfolder, other settings. Where the last part of its name is another there is a
-                warning; the weights themselves are not compared.
+                revision of it, a subfolder, other settings. Where the last part of its name is another, or some of its
+                weights are, there is a warning.
 
         Raises:
             FileNotFoundError: no adapter in `folder`.
@@ -351,6 +351,7 @@ class FastPTuning(nn.Module):
                 stacklevel=2,
             )
         warn_of_adapter(model.bert, settings, folder)
+        warn_of_weights(model.bert, settings, folder)
         warn_of_rounding(own, {key: tensors[key] for key in classifier_files.TENSORS}, folder)
         model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)
         model.max_length = min(filter(None, (most, model.max_length)), default=None)

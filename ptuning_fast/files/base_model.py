@@ -13,7 +13,15 @@ from ..models.embedding import is_sharded
 from ..models.info import has_adapter, unwrapped
 from .peft import Saved
 
-__all__ = ["check_base", "load_head", "same_name", "warn_of_adapter", "warn_of_rounding"]
+__all__ = [
+    "check_base",
+    "load_head",
+    "same_name",
+    "settings_of",
+    "warn_of_adapter",
+    "warn_of_rounding",
+    "warn_of_weights",
+]
 
 
 def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = False) -> None:
@@ -43,6 +51,54 @@ def warn_of_adapter(model: Any, settings: dict[str, Any], folder: str | Path) ->
             "unless it was merged into the model, load it first",
             stacklevel=4,
         )
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """What is kept of `model` with a prompt: whether it has an adapter of PEFT's, and a few of its numbers."""
+    matrices = _matrices(model)
+    names, most = list(matrices), len(matrices) - 1
+    chosen = sorted({names[place * most // (_SAMPLES - 1)] for place in range(_SAMPLES)}) if names else []
+    return {"with_adapter": has_adapter(model), "weights": {name: _some_of(matrices[name]) for name in chosen}}
+
+
+_SAMPLES, _APART = 8, 0.02  # matrices of which a few numbers are kept, and what half precision makes of these, at most
+
+
+def _matrices(model: Any) -> dict[str, Tensor]:
+    """Those of the model below its head that are here as they are: not quantised, sharded or offloaded.
+
+    Of an encoder without a head not its pooler, which many a checkpoint lacks and few read.
+    """
+    inner = unwrapped(model)
+    found = {name: one.data for name, one in inner.base_model.named_parameters()}
+    found = {name: one for name, one in found.items() if inner.base_model is not inner or "pooler." not in name}
+    here = {name: one for name, one in found.items() if type(one) is Tensor and one.device.type != "meta"}
+    floats = {name: one for name, one in here.items() if one.is_floating_point() and one.itemsize > 1}
+    return {name: one for name, one in floats.items() if one.dim() == 2 and one.numel()}
+
+
+def _some_of(matrix: Tensor) -> list[float]:
+    return matrix[min(1, len(matrix) - 1), :4].float().tolist()
+
+
+def warn_of_weights(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
+    """A warning where the weights of `model` are others than those that the prompt in `folder` was saved with."""
+    matrices, kept = _matrices(model), settings.get("weights") or {}
+    if not isinstance(kept, dict) or not all(map(_are_numbers, kept.values())):
+        raise ValueError(f"the adapter in {folder} is damaged: its weights are {str(kept)[:100]}")
+    for name in [] if settings.get("with_adapter") else sorted(matrices.keys() & kept.keys()):
+        ours, theirs = torch.tensor(_some_of(matrices[name])), torch.tensor(kept[name])
+        if ours.shape != theirs.shape or (ours - theirs).norm() > _APART * theirs.norm() + 1e-6:
+            warnings.warn(
+                f"{name} of {type(model).__name__} has other numbers ({ours[0]:.4g}, ...) than where the prompt in "
+                f"{folder} was trained ({theirs[0]:.4g}, ...): it is for the weights that the model had then",
+                stacklevel=3,
+            )
+            return
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, float) for one in value)
 
 
 def same_name(ours: str, theirs: str) -> bool:

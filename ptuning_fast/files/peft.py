@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from ..models.info import is_a, unwrapped
 from . import adapter
 
-__all__ = ["Saved", "bank_size", "head_of", "load", "modules_of", "peft_config", "remove_bank", "save", "task_of"]
+__all__ = [
+    "Saved",
+    "bank_size",
+    "drawn",
+    "head_of",
+    "load",
+    "modules_of",
+    "peft_config",
+    "remove_bank",
+    "save",
+    "task_of",
+]
 
 OURS = "ptuning_fast."
 FIRST_VERSION = "soft_prompt.safetensors"  # beside PEFT's file, in the first version: what is now in it
@@ -83,18 +94,20 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
         inner = [
             name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
         ]
-    new = _new_in_pooler(model)
+    pooler = f"{model.base_model_prefix}.pooler."
+    new = {name for name in drawn(model) if name.startswith(pooler)}
     return {name: one for name, one in model.state_dict().items() if name in new or name.partition(".")[0] not in inner}
 
 
-def _new_in_pooler(model: Any) -> set[str]:
-    """The parameters of a pooler that transformers has drawn beside embeddings that it has loaded."""
+def drawn(model: Any) -> set[str]:
+    """The parameters that transformers has drawn, beside embeddings that it has loaded: its checkpoint has none.
+
+    Nothing is known of a copy (`copy.deepcopy`), which is without transformers' marks.
+    """
     table = model.get_input_embeddings()
     if not any(getattr(one, _LOADED, False) for one in table.parameters()):
         return set()
-    base = f"{model.base_model_prefix}."
-    inside = model.base_model.named_parameters(base.rstrip("."))
-    return {name for name, one in inside if name.startswith(f"{base}pooler.") and not getattr(one, _LOADED, False)}
+    return {name for name, one in model.named_parameters() if not getattr(one, _LOADED, False)}
 
 
 _LOADED = "_is_hf_initialized"  # transformers' mark on parameters that a checkpoint had

@@ -109,6 +109,14 @@ class PromptedModel(nn.Module):
                 parameter.requires_grad_(name in head)
         self.model = model
         self.prompt = SoftPrompt(model, length, **options) if prompt is None else prompt
+        new = peft.head_of(model, peft.task_of(model)).keys() & peft.drawn(unwrapped(model)) - self.prompt._came_with
+        for name in sorted(name for name in new if not unwrapped(model).get_parameter(name).requires_grad)[:1]:
+            warnings.warn(
+                f"{name} of {class_of(unwrapped(model)).__name__} is new, as the checkpoint has none, and frozen: each "
+                "load draws another, which a Trainer's checkpoint does not keep. Call requires_grad_(True) on it after "
+                "making the PromptedModel",
+                stacklevel=2,
+            )
         self.mode = mode
         self._signature = _signature(type(self).forward, unwrapped(model))
         trained_only(self)

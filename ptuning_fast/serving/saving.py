@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..files import adapter, card, hub, peft
-from ..files.base_model import check_base, load_head
+from ..files.base_model import check_base, load_head, settings_of, warn_of_weights
 from ..models import unwrapped
-from ..models.info import has_adapter
 from . import merged
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Saving(nn.Module):
         head |= {name: tensor for name, tensor in unwrapped(self.model).state_dict().items() if name in self._came_with}
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings
-        settings = {"num_prompts": self.num_prompts, "encoder": encoder, "with_adapter": has_adapter(self.model)}
+        settings = {"num_prompts": self.num_prompts, "encoder": encoder} | settings_of(self.model)
         saved = peft.Saved(adapter.whole(parameters), adapter.whole(head), config, settings)
         return saved, rows, adapter.is_first([*parameters.values(), *head.values()])
 
@@ -159,8 +158,9 @@ class Saving(nn.Module):
 
         Args:
             folder: a folder, or a repository on the hub ("user/name").
-            any_base: take an adapter that was trained on a model of another name. (Of folders the last part is
-                compared: `runA/checkpoint-500` passes for `runB/checkpoint-500`.)
+            any_base: take an adapter that was trained on a model of another name, or with other weights, of which there
+                is a warning. (Of folders the last part is compared: `runA/checkpoint-500` passes for
+                `runB/checkpoint-500`.)
 
         Raises:
             FileNotFoundError: no adapter in `folder`.
@@ -186,5 +186,7 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
+        if not any_base:
+            warn_of_weights(model, settings, folder)
         prompt._came_with, prompt._came_as = frozenset(head), frozenset(config.get("modules_to_save") or ())
         return prompt.eval()

@@ -74,6 +74,22 @@ def test_what_a_checkpoint_has_not_goes_with_the_prompt(tmp_path, before, class_
         assert (logits(theirs) - logits(trained)).abs().max() <= zoo.TOLERANCE
 
 
+def test_a_new_head_that_is_frozen_is_warned_of(tmp_path):
+    """A Trainer's checkpoint has it not; one that came with an adapter is not new."""
+    zoo.build("BERT").save_pretrained(tmp_path / "model")
+
+    def load():
+        return transformers.BertForSequenceClassification.from_pretrained(tmp_path / "model")
+
+    PromptedModel(load(), zoo.M).save_pretrained(tmp_path / "prompt")
+    with pytest.warns(UserWarning, match=r"classifier\.bias of BertForSequenceClassification is new.* and frozen"):
+        PromptedModel(load().requires_grad_(False), zoo.M)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PromptedModel.from_pretrained(load().requires_grad_(False), tmp_path / "prompt")
+        PromptedModel(zoo.build("BERT", "BertForSequenceClassification").requires_grad_(False), zoo.M)
+
+
 def test_the_heads_of_two_adapters(tmp_path):
     """A model has one head: that of the first is gone, and somebody says so; the same again says nothing."""
     folders = [tmp_path / "one", tmp_path / "other"]

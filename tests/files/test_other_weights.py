@@ -1,0 +1,82 @@
+"""A prompt loaded where the model's weights are others than those that it was saved with is warned of, and no other."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers
+import zoo
+
+from ptuning_fast import FastPTuning, SoftPrompt
+from ptuning_fast.files import adapter
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+
+
+def warned(load):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load()
+    return any("has other numbers" in str(one.message) for one in said)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "T5", "BERT"])
+def test_of_one_name(tmp_path, name):
+    model = zoo.build(name)
+    model.save_pretrained(tmp_path / "model")
+    SoftPrompt(model, zoo.M).save_pretrained(tmp_path / "prompt")
+
+    def load(model, **options):
+        return warned(lambda: SoftPrompt.from_pretrained(model, tmp_path / "prompt", **options))
+
+    def again(dtype=torch.float32):
+        return type(model).from_pretrained(tmp_path / "model", dtype=dtype)
+
+    assert not any(load(again(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    assert not load(torch.compile(again())) and not load(transformers.AutoModel.from_pretrained(tmp_path / "model"))
+    resized = again()
+    resized.resize_token_embeddings(zoo.V + 9)
+    assert not load(resized)
+    for parameter in (other := again()).parameters():
+        parameter.data += 0.3 * parameter.abs().mean()
+    assert load(other) and not load(other, any_base=True)
+
+
+def test_a_lora_that_is_merged_into_the_encoder(tmp_path):
+    """What comes by the name is the encoder without it."""
+    zoo.build("BERT").save_pretrained(tmp_path / "model")
+    encoder = transformers.AutoModel.from_pretrained(tmp_path / "model")
+    lora = peft.get_peft_model(encoder, peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False))
+    merged = lora.merge_and_unload()
+    FastPTuning(merged, zoo.M).save_pretrained(tmp_path / "adapter")
+    assert warned(lambda: FastPTuning.from_pretrained(tmp_path / "adapter"))
+    assert not warned(lambda: FastPTuning.from_pretrained(tmp_path / "adapter", merged))
+
+
+def test_what_goes_with_a_prompt_is_no_other(tmp_path):
+    """The LoRA that it was trained behind, which may have been merged since; a classifier's new pooler."""
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    lora = peft.get_peft_model(zoo.build("Llama"), config)
+    SoftPrompt(lora, zoo.M).save_pretrained(tmp_path / "behind")
+    assert not warned(lambda: SoftPrompt.from_pretrained(lora.merge_and_unload(), tmp_path / "behind"))
+    zoo.build("BERT", "BertForMaskedLM").save_pretrained(tmp_path / "model")
+    models = [transformers.BertForSequenceClassification.from_pretrained(tmp_path / "model") for _ in range(3)]
+    SoftPrompt(models[0], zoo.M).save_pretrained(tmp_path / "classifier")
+    assert not warned(lambda: SoftPrompt.from_pretrained(models[1], tmp_path / "classifier"))
+    copied = copy.deepcopy(models[0])  # without transformers' marks of what is new
+    SoftPrompt(copied, zoo.M).save_pretrained(tmp_path / "copied")
+    assert warned(lambda: SoftPrompt.from_pretrained(models[2], tmp_path / "copied"))
+    encoders = [transformers.AutoModel.from_pretrained(tmp_path / "model") for _ in range(2)]
+    FastPTuning(encoders[0], zoo.M).save_pretrained(tmp_path / "fast")
+    assert not warned(lambda: FastPTuning.from_pretrained(tmp_path / "fast", encoders[1]))
+
+
+@pytest.mark.parametrize("weights", ["0.5", [0.5], {"layers": 0.5}, {"layers": []}, {"layers": ["0.5"]}])
+def test_damaged_numbers(tmp_path, weights):
+    model = zoo.build("Llama")
+    SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
+    tensors, settings = adapter.load(tmp_path)
+    adapter.save(tmp_path, tensors, settings | {"weights": weights})
+    with pytest.raises(ValueError, match="is damaged: its weights are"):
+        SoftPrompt.from_pretrained(model, tmp_path)
