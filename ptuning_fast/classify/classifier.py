@@ -13,7 +13,7 @@ from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
 from ..files.base_model import same_name, settings_of, warn_of_adapter, warn_of_rounding, warn_of_weights
 from ..models import describe, prepend
-from ..models.info import ModelInfo
+from ..models.info import ModelInfo, fits
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
 from ..modes.base import places_in_rows
@@ -196,7 +196,7 @@ class FastPTuning(nn.Module):
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)
         order = None
-        if self._served.packed and attention_mask is not None and given.fits():
+        if self._served.packed and attention_mask is not None and fits(given):
             # Sequences of one length side by side share one attention call.
             order = (attention_mask != 0).sum(1).argsort()
             ids, *rest = given

@@ -14,7 +14,17 @@ from ..op import Batch
 from .families import class_of, family_of
 from .positions import counts_columns, max_positions, position_start, steady_length
 
-__all__ = ["ModelInfo", "describe", "gives_more", "has_adapter", "has_decoder", "is_a", "unwrapped", "what_draws"]
+__all__ = [
+    "ModelInfo",
+    "describe",
+    "fits",
+    "gives_more",
+    "has_adapter",
+    "has_decoder",
+    "is_a",
+    "unwrapped",
+    "what_draws",
+]
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ class ModelInfo:
             ValueError: padding on the left for a model that counts columns.
         """
         mask = batch.attention_mask
-        if mask is None or not batch.fits():
+        if mask is None or not fits(batch):
             return batch
         if self.has_pooler and self.adjacent and self.pooled is None and (mask[:, :1] == 0).any():
             warnings.warn(
@@ -160,6 +170,11 @@ class ModelInfo:
             return rows
         columns = (torch.arange(mask.shape[1], device=mask.device) - _turn(self.pooled, mask)) % max(mask.shape[1], 1)
         return rows.take_along_dim(columns.view(*mask.shape, *[1] * (rows.dim() - 2)), 1)
+
+
+def fits(batch: Batch) -> bool:
+    """Whether all that is given has the shape of `input_ids`; where it has not, the op says what."""
+    return all(one is None or getattr(one, "shape", None) == batch.input_ids.shape for one in batch)
 
 
 def describe(model: nn.Module) -> ModelInfo:

@@ -17,10 +17,6 @@ class Batch(NamedTuple):
     token_type_ids: Tensor | None = None  # [B, n] integers
     labels: Tensor | None = None  # [B, n] integers, one per token
 
-    def fits(self) -> bool:
-        """Whether all that are given have the shape of `input_ids`; where they do not, the op says which."""
-        return all(one is None or getattr(one, "shape", None) == self.input_ids.shape for one in self)
-
 
 class Prompt(NamedTuple):
     """The virtual tokens: one prompt for every row, or a bank from which each row chooses."""

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
 from ..models.embedding import device_of, prepend, rows_of
-from ..models.info import ModelInfo, unwrapped
+from ..models.info import ModelInfo, fits, unwrapped
 from ..models.probe import off_by, tolerance
 from ..models.trial import one_at_a_time, ordinary_tokens, padded, quietly
 from ..op import Batch, Layout, Prompt
@@ -66,7 +66,7 @@ class CachedPrompt:
         mask, m = batch.attention_mask, prompt.vectors.shape[-2]
         if prompt.vectors.dim() != 2 or 0 in batch.input_ids.shape:
             return None
-        if mask is not None and (not batch.fits() or bool((mask == 0).all(1).any())):
+        if mask is not None and (not fits(batch) or bool((mask == 0).all(1).any())):
             return None
         padded_left = mask is not None and bool((mask[:, 0] == 0).any())
         if ("left" if padded_left else "right") not in self.exact_sides:
