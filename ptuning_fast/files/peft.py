@@ -12,6 +12,7 @@ leaves the old adapter or the new one.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ __all__ = [
     "head_of",
     "load",
     "modules_of",
+    "new_pooler",
     "peft_config",
     "remove_bank",
     "save",
@@ -94,9 +96,17 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
         inner = [
             name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
         ]
-    pooler = f"{model.base_model_prefix}.pooler."
-    new = {name for name in drawn(model) if name.startswith(pooler)}
+    new = new_pooler(model)
     return {name: one for name, one in model.state_dict().items() if name in new or name.partition(".")[0] not in inner}
+
+
+def new_pooler(model: Any) -> frozenset[str]:
+    """The names of the parameters of a pooler, between base model and head, that the checkpoint had not.
+
+    Not one that has an adapter of PEFT's in it, whose parameters have other names.
+    """
+    pooler = re.compile(rf"({re.escape(model.base_model_prefix)}\.)?pooler\.(dense\.)?(weight|bias)")
+    return frozenset(name for name in drawn(model) if model.base_model is not model and pooler.fullmatch(name))
 
 
 def drawn(model: Any) -> set[str]:

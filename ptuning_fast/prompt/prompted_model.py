@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..files import peft
+from ..files import hub, peft
 from ..files.checkpoint import marks_of_adapters, trained_only
 from ..loss.kinds import gives_columns
 from ..models import describe, unwrapped
@@ -314,7 +314,7 @@ class PromptedModel(nn.Module):
         if not kwargs.get("is_main_process", True):
             self.prompt._kept()  # where it is sharded, all processes gather it
             return
-        head = peft.head_of(self.model, peft.task_of(self.model))
+        head = {*peft.head_of(self.model, peft.task_of(self.model)), *self.prompt._new, *self.prompt._came_with}
         rest = [name for name, one in self.model.named_parameters() if one.requires_grad and name not in head]
         marks = marks_of_adapters(self.model)
         others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]
@@ -332,9 +332,9 @@ class PromptedModel(nn.Module):
             )
         self.prompt.save_pretrained(folder, figures=figures)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """What `SoftPrompt.push_to_hub` does: of the prompt, not of the model."""
-        return self.prompt.push_to_hub(repo_id, **options)
+    def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
+        """What `SoftPrompt.push_to_hub` does: of the prompt, not of the model; what else is trained is warned of."""
+        return hub.push(repo_id, lambda folder: self.save_pretrained(folder, figures=figures), **options)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path, *, mode: str = "auto") -> "PromptedModel":

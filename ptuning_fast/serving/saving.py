@@ -1,6 +1,7 @@
 """What a trained prompt is written as: an adapter, on the hub too, an ordinary checkpoint, rows for a runtime."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ class Saving(nn.Module):
     length: int
     num_prompts: int | None
     base_model: str
+    _new: frozenset[str]  # names of the model's parameters that its checkpoint had not, and that go with the prompt
     _came_with: frozenset[str] = frozenset()  # names of the model's parameters that its adapter brought
     _came_as: frozenset[str] = frozenset()  # and PEFT's names of the modules that these are of
 
@@ -61,8 +63,10 @@ class Saving(nn.Module):
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
         rows = self.final_prompt()
         parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
+        of_model = unwrapped(self.model).state_dict()
+        head |= {name: of_model[name] for name in self._new & of_model.keys()}
         modules = peft.modules_of(self.model, head) | self._came_as
-        head |= {name: tensor for name, tensor in unwrapped(self.model).state_dict().items() if name in self._came_with}
+        head |= {name: of_model[name] for name in self._came_with & of_model.keys()}
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings
         settings = {"num_prompts": self.num_prompts, "encoder": encoder} | settings_of(self.model)
@@ -186,6 +190,13 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
+        new = prompt._new | (peft.head_of(model, peft.task_of(model)).keys() & peft.drawn(unwrapped(model)))
+        for name in sorted(new - head.keys())[:1]:
+            warnings.warn(
+                f"{name} of {type(unwrapped(model)).__name__} is new, as the checkpoint has none, and the adapter in "
+                f"{folder} brings none: it is not what the prompt was trained with",
+                stacklevel=2,
+            )
         if not any_base:
             warn_of_weights(model, settings, folder)
         prompt._came_with, prompt._came_as = frozenset(head), frozenset(config.get("modules_to_save") or ())

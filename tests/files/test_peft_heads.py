@@ -74,6 +74,37 @@ def test_what_a_checkpoint_has_not_goes_with_the_prompt(tmp_path, before, class_
         assert (logits(theirs) - logits(trained)).abs().max() <= zoo.TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "class_name", "layer"),
+    [
+        ("BERT", "BertForMaskedLM", "BertForSequenceClassification", "query"),
+        ("DeBERTa-v2", "DebertaV2Model", "DebertaV2ForSequenceClassification", "query_proj"),
+    ],
+)
+def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
+    """PEFT keeps the classifier with the LoRA, and not what is drawn below it; an adapter without it is warned of."""
+    zoo.build(name, before).save_pretrained(tmp_path / "model")
+
+    def load(seed):
+        torch.manual_seed(seed)
+        return getattr(transformers, class_name).from_pretrained(tmp_path / "model").eval()
+
+    lora = peft.get_peft_model(load(1), peft.LoraConfig(task_type="SEQ_CLS", target_modules=[layer]))
+    trained = PromptedModel(lora, zoo.M).eval()
+    with pytest.warns(UserWarning, match="is trained, too"):
+        trained.save_pretrained(tmp_path / "prompt")
+    lora.save_pretrained(tmp_path / "lora")
+    again = PromptedModel.from_pretrained(
+        peft.PeftModel.from_pretrained(load(2), tmp_path / "lora"), tmp_path / "prompt"
+    ).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert torch.equal(again(ids, mask).logits, trained(ids, mask).logits)
+    SoftPrompt(copy.deepcopy(load(1)), zoo.M).save_pretrained(tmp_path / "copied")
+    if name == "BERT":
+        with pytest.warns(UserWarning, match=r"bert\.pooler.* is new, .*brings none: it is not what the prompt was"):
+            SoftPrompt.from_pretrained(load(2), tmp_path / "copied")
+
+
 def test_a_new_head_that_is_frozen_is_warned_of(tmp_path):
     """A Trainer's checkpoint has it not; one that came with an adapter is not new."""
     zoo.build("BERT").save_pretrained(tmp_path / "model")
