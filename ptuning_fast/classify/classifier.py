@@ -168,8 +168,8 @@ class FastPTuning(nn.Module):
                 f"{type(self.bert).__name__} has {positions} positions"
             )
         if max_length is None:
-            limit = positions or getattr(settings, "max_position_embeddings", None)
-            max_length = None if limit is None else limit - prompt_length
+            limit = positions or getattr(settings, "max_position_embeddings", None) or 0  # XLNet's is -1: none
+            max_length = limit - prompt_length if limit > prompt_length else None
         elif not 1 <= max_length <= (room or max_length):
             raise ValueError(f"max_length={max_length} is not between 1 and {room}, the room for text")
         self.max_length = max_length

@@ -435,6 +435,16 @@ def test_an_encoder_that_the_reference_does_not_take(pooling):
             assert (fast(text[None])[0] - logits[row]).abs().max() <= zoo.TOLERANCE
 
 
+def test_an_encoder_of_any_length(tmp_path):
+    """XLNet's config says -1."""
+    sizes = {"vocab_size": zoo.V, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}
+    encoder = AutoModel.from_config(AutoConfig.for_model("xlnet", **sizes))
+    fast = FastPTuning(encoder, zoo.M, pooling="last")
+    assert fast.max_length is None
+    fast.save_pretrained(tmp_path)
+    assert FastPTuning.from_pretrained(tmp_path, encoder).max_length is None
+
+
 def test_models_that_are_refused():
     with pytest.raises(ValueError, match="GPT2Model is causal: take 'last' or 'mean'"):
         FastPTuning(zoo.build("GPT-2").base_model, 3)
