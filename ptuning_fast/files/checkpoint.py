@@ -1,5 +1,6 @@
 """Checkpoints that hold what is trained, and nothing of a frozen model: kilobytes, whoever asks for a `state_dict`."""
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -9,7 +10,7 @@ __all__ = ["marks_of_adapters", "trained_only"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def trained_only(module: Module) -> Module:
+def trained_only(module: Module, also: Iterable[str] = ()) -> Module:
     """From now on `module.state_dict()` has what is trained, now or then, and `load_state_dict` misses nothing else.
 
     For training loops that save `state_dict()` themselves, such as `transformers.Trainer` around a module that is no
@@ -17,10 +18,13 @@ def trained_only(module: Module) -> Module:
     frozen later (what is unfrozen later is in it until it is frozen again, or for good if this is called once more).
     Parameters that are tied to another are there once, under its first name, as safetensors want it.
 
+    Args:
+        also: names of further parameters to keep, frozen or not.
+
     Returns:
         `module` itself.
     """
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad} | {*also}
     if "_kept" in module.__dict__:
         module.__dict__["_kept"] |= trained
         return module

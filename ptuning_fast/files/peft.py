@@ -11,8 +11,8 @@ leaves the old adapter or the new one.
 """
 
 import hashlib
+import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ __all__ = [
     "head_of",
     "load",
     "modules_of",
-    "new_pooler",
+    "new_parts",
     "peft_config",
     "remove_bank",
     "save",
@@ -79,7 +79,7 @@ def peft_config(model: Any, base_model: str, length: int, d: int, modules: set[s
     }
 
 
-def head_of(model: Any, task: str) -> dict[str, Tensor]:
+def head_of(model: Any) -> dict[str, Tensor]:
     """The parameters outside the base model of a classifier: {"classifier.weight": ...}; none for other tasks.
 
     And its pooler, where that is as new: the checkpoint of a masked language model has none.
@@ -89,24 +89,36 @@ def head_of(model: Any, task: str) -> dict[str, Tensor]:
     if hasattr(getattr(model, "_orig_mod", model), "peft_config"):
         return {}
     model = unwrapped(model)
-    if not (task in HEADS or is_a(model, "ForMultipleChoice")):
+    if not _has_head(model):
         return {}
     inner = [model.base_model_prefix]
     if model.base_model is model:  # T5ForQuestionAnswering has encoder and decoder in it
         inner = [
             name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
         ]
-    new = new_pooler(model)
+    new = new_parts(model)
     return {name: one for name, one in model.state_dict().items() if name in new or name.partition(".")[0] not in inner}
 
 
-def new_pooler(model: Any) -> frozenset[str]:
-    """The names of the parameters of a pooler, between base model and head, that the checkpoint had not.
+def new_parts(model: Any) -> frozenset[str]:
+    """Names of the parameters of a classifier's head, and of its pooler, that the checkpoint had not.
 
-    Not one that has an adapter of PEFT's in it, whose parameters have other names.
+    But for those that PEFT keeps with an adapter.
     """
-    pooler = re.compile(rf"({re.escape(model.base_model_prefix)}\.)?pooler\.(dense\.)?(weight|bias)")
-    return frozenset(name for name in drawn(model) if model.base_model is not model and pooler.fullmatch(name))
+    if not _has_head(model):
+        return frozenset()
+    base = f"{model.base_model_prefix}."
+    outside = {name for name in drawn(model) if not name.startswith(base) or name.startswith(f"{base}pooler.")}
+    return frozenset(name for name in outside if not _in_an_adapter(model, name))
+
+
+def _has_head(model: Any) -> bool:
+    return task_of(model) in HEADS or is_a(model, "ForMultipleChoice")
+
+
+def _in_an_adapter(model: nn.Module, name: str) -> bool:
+    places = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
+    return any(type(model.get_submodule(place)).__module__.startswith("peft.") for place in places)
 
 
 def drawn(model: Any) -> set[str]:

@@ -97,7 +97,7 @@ class PromptedModel(nn.Module):
             raise ValueError("prompt is for another model: give the one that it was made with")
         frozen = all(not parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
         if not (frozen or has_adapter(model)):
-            head = peft.head_of(model, peft.task_of(model))
+            head = peft.head_of(model)
             unknown = None if head else _perhaps_a_head(unwrapped(model))
             if unknown is not None:
                 warnings.warn(
@@ -109,17 +109,10 @@ class PromptedModel(nn.Module):
                 parameter.requires_grad_(name in head)
         self.model = model
         self.prompt = SoftPrompt(model, length, **options) if prompt is None else prompt
-        new = peft.head_of(model, peft.task_of(model)).keys() & peft.drawn(unwrapped(model)) - self.prompt._came_with
-        for name in sorted(name for name in new if not unwrapped(model).get_parameter(name).requires_grad)[:1]:
-            warnings.warn(
-                f"{name} of {class_of(unwrapped(model)).__name__} is new, as the checkpoint has none, and frozen: each "
-                "load draws another, which a Trainer's checkpoint does not keep. Call requires_grad_(True) on it after "
-                "making the PromptedModel",
-                stacklevel=2,
-            )
         self.mode = mode
         self._signature = _signature(type(self).forward, unwrapped(model))
-        trained_only(self)
+        new = {unwrapped(model).get_parameter(name) for name in self.prompt._new}
+        trained_only(self, also={name for name, one in self.named_parameters() if one in new})
 
     @_OfTheModel
     def forward(
@@ -314,7 +307,7 @@ class PromptedModel(nn.Module):
         if not kwargs.get("is_main_process", True):
             self.prompt._kept()  # where it is sharded, all processes gather it
             return
-        head = {*peft.head_of(self.model, peft.task_of(self.model)), *self.prompt._new, *self.prompt._came_with}
+        head = {*peft.head_of(self.model), *self.prompt._new, *self.prompt._came_with}
         rest = [name for name, one in self.model.named_parameters() if one.requires_grad and name not in head]
         marks = marks_of_adapters(self.model)
         others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..files.peft import new_pooler
+from ..files.peft import new_parts
 from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_ignored
 from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
@@ -88,7 +88,7 @@ class SoftPrompt(Saving):
         self._cached: CachedPrompt | None = None  # for generate
         self.model_loss = ModelLoss(self.info)
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
-        self._new = new_pooler(unwrapped(model))
+        self._new = new_parts(unwrapped(model))
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
 

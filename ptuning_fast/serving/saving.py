@@ -62,7 +62,7 @@ class Saving(nn.Module):
     def _kept(self) -> tuple[peft.Saved, Tensor, bool]:
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
         rows = self.final_prompt()
-        parameters, head = self.state_dict(), peft.head_of(self.model, peft.task_of(self.model))
+        parameters, head = self.state_dict(), peft.head_of(self.model)
         of_model = unwrapped(self.model).state_dict()
         head |= {name: of_model[name] for name in self._new & of_model.keys()}
         modules = peft.modules_of(self.model, head) | self._came_as
@@ -190,8 +190,7 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
-        new = prompt._new | (peft.head_of(model, peft.task_of(model)).keys() & peft.drawn(unwrapped(model)))
-        for name in sorted(new - head.keys())[:1]:
+        for name in sorted(prompt._new - head.keys())[:1]:
             warnings.warn(
                 f"{name} of {type(unwrapped(model)).__name__} is new, as the checkpoint has none, and the adapter in "
                 f"{folder} brings none: it is not what the prompt was trained with",

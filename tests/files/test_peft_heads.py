@@ -79,6 +79,7 @@ def test_what_a_checkpoint_has_not_goes_with_the_prompt(tmp_path, before, class_
     [
         ("BERT", "BertForMaskedLM", "BertForSequenceClassification", "query"),
         ("DeBERTa-v2", "DebertaV2Model", "DebertaV2ForSequenceClassification", "query_proj"),
+        ("ModernBERT", "ModernBertModel", "ModernBertForSequenceClassification", "Wqkv"),
     ],
 )
 def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
@@ -99,26 +100,31 @@ def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
     ).eval()
     ids, mask = zoo.padded(zoo.texts(), "right")
     assert torch.equal(again(ids, mask).logits, trained(ids, mask).logits)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=[layer])
+    resumed = PromptedModel(peft.get_peft_model(load(3), config), zoo.M).eval()
+    resumed.load_state_dict(trained.state_dict())  # a Trainer's checkpoint
+    assert torch.equal(resumed(ids, mask).logits, trained(ids, mask).logits)
     SoftPrompt(copy.deepcopy(load(1)), zoo.M).save_pretrained(tmp_path / "copied")
     if name == "BERT":
         with pytest.warns(UserWarning, match=r"bert\.pooler.* is new, .*brings none: it is not what the prompt was"):
             SoftPrompt.from_pretrained(load(2), tmp_path / "copied")
 
 
-def test_a_new_head_that_is_frozen_is_warned_of(tmp_path):
-    """A Trainer's checkpoint has it not; one that came with an adapter is not new."""
-    zoo.build("BERT").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("frozen", ["", "bert"])
+def test_a_checkpoint_has_what_is_new_also_where_it_is_frozen(tmp_path, frozen):
+    """By the user, before: the next process draws others."""
+    zoo.build("BERT", "BertForMaskedLM").save_pretrained(tmp_path / "model")
 
-    def load():
-        return transformers.BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    def load(seed):
+        torch.manual_seed(seed)
+        model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "model")
+        model.get_submodule(frozen).requires_grad_(False)
+        return PromptedModel(model, zoo.M).eval()
 
-    PromptedModel(load(), zoo.M).save_pretrained(tmp_path / "prompt")
-    with pytest.warns(UserWarning, match=r"classifier\.bias of BertForSequenceClassification is new.* and frozen"):
-        PromptedModel(load().requires_grad_(False), zoo.M)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        PromptedModel.from_pretrained(load().requires_grad_(False), tmp_path / "prompt")
-        PromptedModel(zoo.build("BERT", "BertForSequenceClassification").requires_grad_(False), zoo.M)
+    trained, again = load(1), load(2)
+    again.load_state_dict(trained.state_dict())
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert torch.equal(again(ids, mask).logits, trained(ids, mask).logits)
 
 
 def test_the_heads_of_two_adapters(tmp_path):
