@@ -193,6 +193,7 @@ class FastPTuning(nn.Module):
             Logits [B, num_labels], or with `labels` a `SequenceClassifierOutput` of `loss` and `logits`.
         """
         self._info.check_room(self.prompt_length, input_ids)
+        self._info.check_added(attention_mask, self._served.packed)
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)
         order = None

@@ -14,7 +14,7 @@ from .families import class_of
 __all__ = ["are_several", "device_of", "is_sharded", "prepend", "rows_of", "unreadable"]
 
 
-_TRAINABLE = "its weight requires grad (freeze it: embedding.weight.requires_grad_(False))"
+_TRAINABLE = "its weight requires grad (freeze the model: model.requires_grad_(False))"
 
 
 def prepend(embedding: nn.Module, batch: Batch, prompt: Prompt, layout: Layout) -> Embedded:

@@ -82,6 +82,7 @@ class ModelInfo:
         mask = attention_mask
         if mask is None or mask.dim() != 2 or torch.compiler.is_compiling() or not (may_wait or mask.is_cpu):
             return
+        self.check_added(mask, may_wait)
         there = mask != 0
         begins = (there[:, 1:] & ~there[:, :-1]).sum(1) + there[:, :1].sum(1)
         if (begins > 1).any():
@@ -90,6 +91,15 @@ class ModelInfo:
                 "the label behind it, and counts in a sliding window), and the others leave it out: put the padding at "
                 "one end for the same results in each mode",
                 stacklevel=4,
+            )
+
+    def check_added(self, mask: Tensor | None, may_wait: bool) -> None:
+        """ValueError for a mask as attention adds it to its scores, in which 0 is a token."""
+        if mask is None or not mask.is_floating_point() or torch.compiler.is_compiling():
+            return
+        if (may_wait or mask.is_cpu) and bool((mask < 0).any()):
+            raise ValueError(
+                "attention_mask has numbers below 0, as one that is added to scores: give 1 for tokens, 0 for padding"
             )
 
     def check_per_token(self) -> None:

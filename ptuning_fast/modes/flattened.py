@@ -34,7 +34,8 @@ def as_rows(
     """
     unknown = ", ".join(sorted(set(rest) - _REST))
     if unknown:
-        raise TypeError(f"unknown arguments: {unknown}")
+        hint = ": a Trainer takes a PromptedModel" if "num_items_in_batch" in rest else ""
+        raise TypeError(f"unknown arguments: {unknown}{hint}")
     if position_ids is None and cu_seq_lens_q is None:
         raise TypeError("a batch without padding needs position_ids or cu_seq_lens_q")
     ids, mask = batch.input_ids, batch.attention_mask

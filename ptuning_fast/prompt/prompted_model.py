@@ -106,6 +106,11 @@ class PromptedModel(nn.Module):
                     stacklevel=2,
                 )
             for name, parameter in model.named_parameters():
+                if name in head and not parameter.is_floating_point():
+                    raise TypeError(
+                        f"{name} of {class_of(unwrapped(model)).__name__} is quantised, and heads are trained: leave "
+                        f"it out (BitsAndBytesConfig(llm_int8_skip_modules=[{name.partition('.')[0]!r}], ...))"
+                    )
                 parameter.requires_grad_(name in head)
         self.model = model
         self.prompt = SoftPrompt(model, length, **options) if prompt is None else prompt
@@ -171,6 +176,8 @@ class PromptedModel(nn.Module):
             self._check_trained()
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds go past the prompt: give input_ids, or model(**prompt(...)) what you like")
+        if "mode" in kwargs:
+            raise TypeError("mode goes with PromptedModel(model, mode=...), and with calls of a SoftPrompt")
         if kwargs.get("return_dict") is False:
             raise ValueError("return_dict=False: a PromptedModel's outputs have names")
         for name, value in kwargs.items():
@@ -331,8 +338,8 @@ class PromptedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path, *, mode: str = "auto") -> "PromptedModel":
-        """The prompt in `folder`, before `model`; errors as of `SoftPrompt.from_pretrained`."""
-        return cls(model, mode=mode, prompt=SoftPrompt.from_pretrained(model, folder))
+        """The prompt in `folder`, before `model`, in eval mode; errors as of `SoftPrompt.from_pretrained`."""
+        return cls(model, mode=mode, prompt=SoftPrompt.from_pretrained(model, folder)).eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What is the model's (`config`, `generation_config`, `loss_function`, ...) is set on the model."""

@@ -70,7 +70,13 @@ def test_trainable_tables_have_the_same_checks():
                 with pytest.raises((IndexError, TypeError, ValueError)) as error:
                     prompt(ids)
             said.append((error.type, str(error.value)))
-            assert any("requires grad (freeze it" in str(one.message) for one in caught) == trainable
+            assert (
+                any(
+                    "requires grad (freeze the model: model.requires_grad_(False))" in str(one.message)
+                    for one in caught
+                )
+                == trainable
+            )
         assert said[0] == said[1]
 
 

@@ -1,13 +1,14 @@
 """Models that the zoo does not cover are tried out; what cannot be served right is refused or warned of."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import transformers as hf
 import zoo
 
-from ptuning_fast import SoftPrompt
+from ptuning_fast import FastPTuning, SoftPrompt
 
 SMALL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
 
@@ -259,6 +260,17 @@ def test_shapes_that_do_not_fit(class_name, mode):
         for given in ((ids, other, types), (ids, mask, other)):
             with pytest.raises(ValueError, match=r"must be \(.*as input_ids; it is \("):
                 prompt(*given, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared", "auto"])
+def test_masks_that_are_added_are_refused(mode):
+    """0 is a token there, and padding here."""
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    added = (1 - mask.float()) * torch.finfo(torch.float32).min
+    for call in (partial(SoftPrompt(zoo.build("Llama"), 3), mode=mode), FastPTuning(zoo.build("BERT"), 3)):
+        with pytest.raises(ValueError, match="attention_mask has numbers below 0, as one that is added to scores"):
+            call(ids, added)
+        call(ids, mask.float())
 
 
 def test_lengths_that_are_no_number():

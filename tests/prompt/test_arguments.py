@@ -137,6 +137,10 @@ def test_columns_that_a_prompt_moves_are_refused(name, value):
 def test_other_ways_past_the_prompt_are_refused():
     prompted = PromptedModel(zoo.build("Llama"), 3)
     ids, mask, _ = batch()
+    with pytest.raises(TypeError, match=r"mode goes with PromptedModel\(model, mode=...\)"):
+        prompted(ids, mask, mode="packed")
+    with pytest.raises(TypeError, match="unknown arguments: num_items_in_batch: a Trainer takes a PromptedModel"):
+        prompted.prompt(ids, mask, num_items_in_batch=3)
     for name in ("mems", "state", "cache_params", "past_key_values"):
         with pytest.raises(ValueError, match=f"{name} misses the prompt"):
             prompted(ids, mask, **{name: [1]})
