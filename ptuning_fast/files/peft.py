@@ -118,7 +118,10 @@ def _has_head(model: Any) -> bool:
 
 def _in_an_adapter(model: nn.Module, name: str) -> bool:
     places = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
-    return any(type(model.get_submodule(place)).__module__.startswith("peft.") for place in places)
+    return any(
+        type(model.get_submodule(place)).__module__.startswith("peft.") and not name.startswith(f"{place}.base_layer.")
+        for place in places
+    )
 
 
 def drawn(model: Any) -> set[str]:

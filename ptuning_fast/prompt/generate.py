@@ -103,7 +103,7 @@ def copies_of_rows(model: Any, options: dict[str, Any], attention_mask: Tensor |
         return None
     if any(option(name) for name in (*_OTHER_CACHES, *_COLUMNS)) or option("use_cache") is False:
         return None
-    padded_left = attention_mask is not None and bool((attention_mask[:, :1] == 0).any())
+    padded_left = attention_mask is not None and bool((attention_mask[..., :1] == 0).any())
     if padded_left and _settings(model, options).return_dict_in_generate:
         return None
     if option("repetition_penalty") not in (None, 1.0) or any(module.training for module in model.modules()):

@@ -43,6 +43,17 @@ def test_of_one_name(tmp_path, name):
     assert load(other) and not load(other, any_base=True)
 
 
+@pytest.mark.parametrize("layers", [1, 3, 7])
+def test_a_lora_of_some_matrices_that_is_merged(tmp_path, layers):
+    """In whatever depth: one matrix of each kind is looked at."""
+    model = zoo.build("Llama", num_hidden_layers=layers)
+    SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
+    for kind in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
+        config = peft.LoraConfig(target_modules=[kind], init_lora_weights=False)
+        merged = peft.get_peft_model(copy.deepcopy(model), config).merge_and_unload()
+        assert warned(lambda merged=merged: SoftPrompt.from_pretrained(merged, tmp_path)), kind
+
+
 def test_a_lora_that_is_merged_into_the_encoder(tmp_path):
     """What comes by the name is the encoder without it."""
     zoo.build("BERT").save_pretrained(tmp_path / "model")

@@ -80,6 +80,8 @@ def test_what_a_checkpoint_has_not_goes_with_the_prompt(tmp_path, before, class_
         ("BERT", "BertForMaskedLM", "BertForSequenceClassification", "query"),
         ("DeBERTa-v2", "DebertaV2Model", "DebertaV2ForSequenceClassification", "query_proj"),
         ("ModernBERT", "ModernBertModel", "ModernBertForSequenceClassification", "Wqkv"),
+        ("BERT", "BertForMaskedLM", "BertForSequenceClassification", "all-linear"),
+        ("DeBERTa-v2", "DebertaV2Model", "DebertaV2ForSequenceClassification", "all-linear"),
     ],
 )
 def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
@@ -90,7 +92,9 @@ def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
         torch.manual_seed(seed)
         return getattr(transformers, class_name).from_pretrained(tmp_path / "model").eval()
 
-    lora = peft.get_peft_model(load(1), peft.LoraConfig(task_type="SEQ_CLS", target_modules=[layer]))
+    lora = peft.get_peft_model(
+        load(1), peft.LoraConfig(task_type="SEQ_CLS", target_modules=layer if layer == "all-linear" else [layer])
+    )
     trained = PromptedModel(lora, zoo.M).eval()
     with pytest.warns(UserWarning, match="is trained, too"):
         trained.save_pretrained(tmp_path / "prompt")
@@ -100,12 +104,16 @@ def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
     ).eval()
     ids, mask = zoo.padded(zoo.texts(), "right")
     assert torch.equal(again(ids, mask).logits, trained(ids, mask).logits)
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=[layer])
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=layer if layer == "all-linear" else [layer])
     resumed = PromptedModel(peft.get_peft_model(load(3), config), zoo.M).eval()
     resumed.load_state_dict(trained.state_dict())  # a Trainer's checkpoint
     assert torch.equal(resumed(ids, mask).logits, trained(ids, mask).logits)
     SoftPrompt(copy.deepcopy(load(1)), zoo.M).save_pretrained(tmp_path / "copied")
     if name == "BERT":
+        merged = lora.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the LoRA, which is not there by that name
+            SoftPrompt.from_pretrained(merged, tmp_path / "prompt")
         with pytest.warns(UserWarning, match=r"bert\.pooler.* is new, .*brings none: it is not what the prompt was"):
             SoftPrompt.from_pretrained(load(2), tmp_path / "copied")
 
