@@ -24,7 +24,6 @@ from . import adapter
 __all__ = [
     "Saved",
     "bank_size",
-    "drawn",
     "head_of",
     "load",
     "modules_of",
@@ -108,7 +107,7 @@ def new_parts(model: Any) -> frozenset[str]:
     if not _has_head(model):
         return frozenset()
     base = f"{model.base_model_prefix}."
-    outside = {name for name in drawn(model) if not name.startswith(base) or name.startswith(f"{base}pooler.")}
+    outside = {name for name in _drawn(model) if not name.startswith(base) or name.startswith(f"{base}pooler.")}
     return frozenset(name for name in outside if not _in_an_adapter(model, name))
 
 
@@ -124,7 +123,7 @@ def _in_an_adapter(model: nn.Module, name: str) -> bool:
     )
 
 
-def drawn(model: Any) -> set[str]:
+def _drawn(model: Any) -> set[str]:
     """The parameters that transformers has drawn, beside embeddings that it has loaded: its checkpoint has none.
 
     Nothing is known of a copy (`copy.deepcopy`), which is without transformers' marks.
