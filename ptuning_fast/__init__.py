@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import reference as reference
     from .classify.classifier import FastPTuning
-    from .files.checkpoint import trained_only
     from .op import prepend_prompt
     from .prompt.prompted_model import PromptedModel
     from .prompt.soft_prompt import SoftPrompt
+    from .prompt.trained_only import trained_only
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ _HOME = {
     "PromptedModel": "prompt.prompted_model",
     "SoftPrompt": "prompt.soft_prompt",
     "prepend_prompt": "op",
-    "trained_only": "files.checkpoint",
+    "trained_only": "prompt.trained_only",
 }
 
 

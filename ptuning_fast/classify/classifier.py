@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
-from ..files.base_model import same_name, settings_of, warn_of_adapter, warn_of_rounding, warn_of_weights
+from ..files.base_model import same_name, settings_of, warn_of_adapter, warn_of_rounding
+from ..files.weights import warn_of_weights
 from ..models import describe, prepend
 from ..models.info import ModelInfo, fits
 from ..models.probe import is_causal, takes_additive_mask

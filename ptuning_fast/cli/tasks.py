@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from ..classify.classifier import FastPTuning
 from ..classify.packaged import DEMO, located
 from ..classify.precision import DTYPES
-from ..files.checkpoint import trained_only
 from ..models import describe
 from ..models.probe import is_causal
 from ..modes import mode_for
 from ..prompt.prompted_model import PromptedModel
 from ..prompt.soft_prompt import SoftPrompt
+from ..prompt.trained_only import trained_only
 from ..texts import tokens
 from ..texts.docstrings import stdlib_docstrings
 from ..texts.tables import InputError, named_columns, read_labelled, read_pairs, without_columns

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ _CHECKSUMS = ("ptuning_fast.sha256", "ptuning_fast.sha256.copy")
 _IN_HEADER = re.compile(rb'"(ptuning_fast\.sha256(?:\.copy)?)":"([^"]*)"')
 
 
-def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None:
+def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict, unlisted: Collection[str] = ()) -> None:
     """Write `tensors` and `settings` (JSON) into `folder`, which is made if it is not there.
+
+    The settings are in the safetensors file's header and, but for the `unlisted`, in a file for people.
 
     Each file is written under another name, forced to disk and renamed. A crash leaves the old adapter or the new one:
     `load` reads the safetensors file alone, settings included.
@@ -74,7 +76,8 @@ def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None
     check_others(folder)
     with saving(folder):
         replace(folder / WEIGHTS, content)
-        replace(folder / CONFIG, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+        listed = {key: value for key, value in settings.items() if key not in unlisted}
+        replace(folder / CONFIG, (json.dumps(listed, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextlib.contextmanager

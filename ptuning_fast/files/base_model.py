@@ -1,6 +1,5 @@
 """The model that an adapter was trained on, and the one that it is loaded for."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.embedding import is_sharded
 from ..models.info import has_adapter, unwrapped
+from . import weights
 from .peft import Saved
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "settings_of",
     "warn_of_adapter",
     "warn_of_rounding",
-    "warn_of_weights",
 ]
 
 
@@ -45,65 +44,20 @@ def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = Fa
 
 
 def warn_of_adapter(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
-    """A warning where a prompt was trained on a model with an adapter of PEFT's, and `model` has none."""
-    if settings.get("with_adapter") and not has_adapter(model):
-        warnings.warn(
-            f"the prompt in {folder} was trained on a model with an adapter of PEFT's (LoRA), which this one has not: "
-            "unless it was merged into the model, load it first",
-            stacklevel=4,
-        )
+    """A warning where a prompt was trained on a model with an adapter of PEFT's and `model` has none, or vice versa."""
+    before, now = settings.get("with_adapter"), has_adapter(model)
+    if before and not now:
+        said = "with an adapter of PEFT's (LoRA), which this one has not: unless it was merged into the model, load it"
+    elif before is False and now:
+        said = "without an adapter of PEFT's (LoRA), and this one has one: unless that is new, take the model without"
+    else:
+        return
+    warnings.warn(f"the prompt in {folder} was trained on a model {said}", stacklevel=4)
 
 
 def settings_of(model: Any) -> dict[str, Any]:
-    """What is kept of `model` with a prompt: whether it has an adapter of PEFT's, and a few of its numbers."""
-    matrices, kinds = _matrices(model), dict[str, list[str]]()
-    for name in matrices:
-        kinds.setdefault(re.sub(r"\d+", "", name), []).append(name)
-    # Of each kind one, from all over the layers: a LoRA is in some kinds, in every layer.
-    chosen = [names[place * len(names) // len(kinds)] for place, names in enumerate(kinds.values())]
-    return {"with_adapter": has_adapter(model), "weights": {name: _some_of(matrices[name]) for name in chosen}}
-
-
-_APART = 0.005  # relative; rounding to bfloat16 makes 0.004 of it, at most
-
-
-def _matrices(model: Any) -> dict[str, Tensor]:
-    """Those of the model below its head that are here as they are: not quantised, sharded or offloaded.
-
-    Of an encoder without a head not its pooler, which many a checkpoint lacks and few read.
-    """
-    inner = unwrapped(model)
-    found = {name: one.data for name, one in inner.base_model.named_parameters()}
-    found = {name: one for name, one in found.items() if inner.base_model is not inner or "pooler." not in name}
-    here = {name: one for name, one in found.items() if type(one) is Tensor and one.device.type != "meta"}
-    floats = {name: one for name, one in here.items() if one.is_floating_point() and one.itemsize > 1}
-    return {name: one for name, one in floats.items() if one.dim() == 2 and one.numel()}
-
-
-def _some_of(matrix: Tensor) -> list[float]:
-    return matrix[min(1, len(matrix) - 1), :4].float().tolist()
-
-
-def warn_of_weights(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
-    """A warning where the weights of `model` are others than those that the prompt in `folder` was saved with."""
-    matrices, kept = _matrices(model), settings.get("weights") or {}
-    if not isinstance(kept, dict) or not all(map(_are_numbers, kept.values())):
-        raise ValueError(f"the adapter in {folder} is damaged: its weights are {str(kept)[:100]}")
-    merged = settings.get("with_adapter") and not has_adapter(model)
-    here = [] if merged else [name for name in kept if name in matrices and "base_layer" not in name]
-    for name in here:
-        ours, theirs = torch.tensor(_some_of(matrices[name])), torch.tensor(kept[name])
-        if ours.shape != theirs.shape or (ours - theirs).norm() > _APART * theirs.norm() + 1e-6:
-            warnings.warn(
-                f"{name} of {type(model).__name__} has other numbers ({ours[0]:.4g}, ...) than where the prompt in "
-                f"{folder} was trained ({theirs[0]:.4g}, ...): it is for the weights that the model had then",
-                stacklevel=3,
-            )
-            return
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, float) for one in value)
+    """What is kept of `model` with a prompt: whether it has an adapter of PEFT's, and some of its numbers."""
+    return {"with_adapter": has_adapter(model), weights.KEY: weights.numbers_of(model)}
 
 
 def same_name(ours: str, theirs: str) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import adapter, peft
+from . import adapter, peft, weights
 
 __all__ = ["SETTINGS", "TENSORS", "load", "save"]
 
@@ -18,7 +18,7 @@ def save(folder: str | Path, tensors: dict[str, Tensor], settings: dict) -> None
     """`adapter.save`; of a bank of prompts that was saved here before PEFT finds nothing any more."""
     adapter.check_others(Path(folder))
     peft.remove_bank(Path(folder), 0, peft.bank_size(Path(folder)))
-    adapter.save(folder, tensors, settings)
+    adapter.save(folder, tensors, settings, unlisted=(weights.KEY,))
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..files import hub, peft
-from ..files.checkpoint import marks_of_adapters, trained_only
 from ..loss.kinds import gives_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
@@ -19,6 +18,7 @@ from ..models.info import has_adapter
 from ..modes.flattened import FLATTENED
 from .generate import count_new_tokens
 from .soft_prompt import LaidOut, SoftPrompt
+from .trained_only import marks_of_adapters, trained_only
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput

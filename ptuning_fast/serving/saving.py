@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..files import adapter, card, hub, peft
-from ..files.base_model import check_base, load_head, settings_of, warn_of_weights
+from ..files.base_model import check_base, load_head, settings_of
+from ..files.weights import warn_of_weights
 from ..models import unwrapped
 from . import merged
 

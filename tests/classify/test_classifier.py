@@ -210,7 +210,7 @@ def test_save_and_load(minilm, batch, tmp_path):
     fast = FastPTuning(minilm, 4, 3, pooling="cls", id2label=names, max_length=50).eval()
     fast.save_pretrained(tmp_path / "adapter")
     size = sum(file.stat().st_size for file in (tmp_path / "adapter").iterdir())
-    assert size < 20_000, "only what is trained is written"
+    assert size < 25_000, "only what is trained is written, and some numbers of the rest"
     loaded = FastPTuning.from_pretrained(tmp_path / "adapter")
     assert torch.equal(loaded(**batch), fast(**batch))
     assert (loaded.pooling, loaded.id2label, loaded.max_length) == ("cls", names, 50)

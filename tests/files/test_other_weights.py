@@ -18,7 +18,7 @@ def warned(load):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         load()
-    return any("has other numbers" in str(one.message) for one in said)
+    return any("have other numbers" in str(one.message) for one in said)
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "T5", "BERT"])
@@ -45,13 +45,40 @@ def test_of_one_name(tmp_path, name):
 
 @pytest.mark.parametrize("layers", [1, 3, 7])
 def test_a_lora_of_some_matrices_that_is_merged(tmp_path, layers):
-    """In whatever depth: one matrix of each kind is looked at."""
+    """In whatever depth."""
     model = zoo.build("Llama", num_hidden_layers=layers)
     SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
     for kind in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
         config = peft.LoraConfig(target_modules=[kind], init_lora_weights=False)
         merged = peft.get_peft_model(copy.deepcopy(model), config).merge_and_unload()
         assert warned(lambda merged=merged: SoftPrompt.from_pretrained(merged, tmp_path)), kind
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("Llama", "lm_head.weight"),
+        ("Llama", "model.norm.weight"),
+        ("Llama", "model.layers.1.mlp.down_proj.weight"),
+        ("BERT", "encoder.layer.2.attention.output.LayerNorm.bias"),
+        ("GPT-2", "transformer.h.2.attn.c_attn.bias"),
+    ],
+)
+def test_one_part_alone_that_is_trained_since(tmp_path, name, part):
+    model = zoo.build(name)
+    SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
+    other = copy.deepcopy(model)
+    assert not warned(lambda: SoftPrompt.from_pretrained(other, tmp_path))
+    other.get_parameter(part).data.mul_(1.03).add_(1e-3)
+    assert warned(lambda: SoftPrompt.from_pretrained(other, tmp_path))
+
+
+def test_a_lora_that_came_since(tmp_path):
+    model = zoo.build("Llama")
+    SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="trained on a model without an adapter of PEFT's"):
+        SoftPrompt.from_pretrained(lora, tmp_path)
 
 
 def test_a_lora_that_is_merged_into_the_encoder(tmp_path):
