@@ -19,16 +19,31 @@ def numbers_of(model: Any) -> dict[str, list[float]]:
     """Of each parameter, by its name from the base model on, the first numbers of one row, four at most.
 
     Of those that are here as they are: not quantised, sharded or offloaded. And, of an encoder without a head, without
-    its pooler, which many a checkpoint lacks and few read.
+    its pooler, which many a checkpoint lacks and few read. Of PEFT's adapters of the active ones, whatever they are
+    called.
     """
     model = unwrapped(model)
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    found = {name.removeprefix(base): one.data for name, one in model.named_parameters()}
+    named = ((_without_adapter(model, name), one) for name, one in model.named_parameters())
+    found = {name.removeprefix(base): one.data for name, one in named if name}
     if not base:
         found = {name: one for name, one in found.items() if "pooler." not in name}
     here = {name: one for name, one in found.items() if type(one) is Tensor and one.device.type != "meta"}
     floats = {name: one for name, one in here.items() if one.is_floating_point() and one.itemsize > 1}
     return {name: _some_of(one) for name, one in floats.items() if one.numel()}
+
+
+def _without_adapter(model: Any, name: str) -> str:
+    """A parameter's name without that of the PEFT adapter it is of, which may be another elsewhere; "" if not active."""
+    words: list[str] = []
+    owner, last, part = model, "", model
+    for word in name.split("."):
+        if last not in getattr(owner, "adapter_layer_names", ()):
+            words.append(word)
+        elif word not in owner.active_adapters:
+            return ""
+        owner, last, part = part, word, getattr(part, word)
+    return ".".join(words)
 
 
 def _some_of(parameter: Tensor) -> list[float]:

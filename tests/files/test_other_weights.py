@@ -81,6 +81,22 @@ def test_a_lora_that_came_since(tmp_path):
         SoftPrompt.from_pretrained(lora, tmp_path)
 
 
+def test_another_lora(tmp_path):
+    """Of several the one that is active, whatever it is called."""
+    model = zoo.build("Llama")
+    lora = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "first"
+    )
+    lora.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    SoftPrompt(lora, zoo.M).save_pretrained(tmp_path / "prompt")
+    lora.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(model, tmp_path / "first", adapter_name="anew")
+    assert not warned(lambda: SoftPrompt.from_pretrained(again, tmp_path / "prompt"))
+    assert not warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "prompt"))
+    lora.set_adapter("second")
+    assert warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "prompt"))
+
+
 def test_a_lora_that_is_merged_into_the_encoder(tmp_path):
     """What comes by the name is the encoder without it."""
     zoo.build("BERT").save_pretrained(tmp_path / "model")
