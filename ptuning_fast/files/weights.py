@@ -34,7 +34,7 @@ def numbers_of(model: Any) -> dict[str, list[float]]:
 
 
 def _without_adapter(model: Any, name: str) -> str:
-    """A parameter's name without that of the PEFT adapter it is of, which may be another elsewhere; "" if not active."""
+    """A parameter's name without that of the adapter of PEFT's that it is of; "" where that one is not active."""
     words: list[str] = []
     owner, last, part = model, "", model
     for word in name.split("."):
