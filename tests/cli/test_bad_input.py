@@ -157,7 +157,7 @@ def test_damaged_adapters(minilm, tmp_path, capsys, monkeypatch):
         assert main(["predict", "--adapter", str(tmp_path)]) == 2, change
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: "), change
     for settings in ([], "text", None, 3):
-        adapter.save(tmp_path, tensors, settings)
+        adapter.replace(tmp_path / adapter.WEIGHTS, adapter.as_bytes(tensors, settings))
         assert main(["predict", "--adapter", str(tmp_path)]) == 2, settings
         assert "is damaged: its settings are a" in capsys.readouterr().err
     adapter.save(tmp_path, tensors | {"prompt_embeddings": torch.full((4, 384), float("nan"))}, whole)
