@@ -48,9 +48,10 @@ def save(
     tokens = [[f"<|{name}_{place}|>" for place in range(prompts.shape[1])] for name in names]
     with_tokens, ids = virtual_tokens.added(tokenizer, [token for prompt in tokens for token in prompt])
     _check_ids(model, ids)
-    _check_end(model, tokenizer)
 
     saved, state = _with_rows(model, prompts.flatten(0, 1), ids)
+    if describe(model).pooled == "right":
+        _set_padding(saved, tokenizer)
     length, before = prompts.shape[1], virtual_tokens.text_before(tokenizer)
     strings = {}
     with adapter.saving(folder):
@@ -126,14 +127,19 @@ def _mergeable(model: Any) -> Any:
     return bare
 
 
-def _check_end(model: Any, tokenizer: Any) -> None:
-    """ValueError where a classifier of the last token would pass over the one that a text ends with, for padding."""
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    end = virtual_tokens.end_of_text(tokenizer)
-    if padding is not None and end == tokenizer.convert_ids_to_tokens(padding) and describe(model).pooled == "right":
+def _set_padding(model: Any, tokenizer: Any) -> None:
+    """Have a classifier of the last token, which is given ids, tell padding as the tokenizer pads.
+
+    ValueError where it would then pass over the token that a text ends with.
+    """
+    text = model.config.get_text_config()
+    if tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
+    padding, end = getattr(text, "pad_token_id", None), virtual_tokens.end_of_text(tokenizer)
+    if padding is not None and end == tokenizer.convert_ids_to_tokens(padding):
         raise ValueError(
             f"the tokenizer ends a text with {end!r}, which a {type(model).__name__} that is given ids takes for "
-            "padding (pad_token_id in its config): give model and tokenizer another padding token"
+            "padding: give the tokenizer another padding token"
         )
 
 

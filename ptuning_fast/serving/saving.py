@@ -12,6 +12,7 @@ from ..files import adapter, card, hub, peft
 from ..files.base_model import check_base, load_head, settings_of
 from ..files.weights import warn_of_weights
 from ..models import unwrapped
+from ..models.info import has_adapter
 from . import merged
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
-        for name in sorted(prompt._new - head.keys())[:1]:
+        merged_since = settings.get("with_adapter") and not has_adapter(model)  # if at all: check_base has said so
+        for name in [] if merged_since else sorted(prompt._new - head.keys())[:1]:
             warnings.warn(
                 f"{name} of {type(unwrapped(model)).__name__} is new, as the checkpoint has none, and the adapter in "
                 f"{folder} brings none: it is not what the prompt was trained with",

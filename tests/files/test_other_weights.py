@@ -134,3 +134,21 @@ def test_damaged_numbers(tmp_path, weights):
     adapter.save(tmp_path, tensors, settings | {"weights": weights})
     with pytest.raises(ValueError, match="is damaged: its weights are"):
         SoftPrompt.from_pretrained(model, tmp_path)
+
+
+def test_a_head_that_came_with_a_lora_that_is_merged(tmp_path):
+    """It is the LoRA's, and not one that transformers has just drawn."""
+    zoo.build("BERT").save_pretrained(tmp_path / "model")
+
+    def load():
+        return transformers.BertForQuestionAnswering.from_pretrained(tmp_path / "model")
+
+    config = peft.LoraConfig(task_type="QUESTION_ANS", target_modules=["query"], init_lora_weights=False)
+    lora = peft.get_peft_model(load(), config)
+    SoftPrompt(lora, zoo.M).save_pretrained(tmp_path / "prompt")
+    lora.save_pretrained(tmp_path / "lora")
+    merged = peft.PeftModel.from_pretrained(load(), tmp_path / "lora").merge_and_unload()
+    with pytest.warns(UserWarning) as said:
+        SoftPrompt.from_pretrained(merged, tmp_path / "prompt")
+    ours = [str(one.message) for one in said if "prompt" in str(one.message)]
+    assert len(ours) == 1 and "unless it was merged into the model" in ours[0]

@@ -197,27 +197,30 @@ def test_classifiers(tmp_path, minilm):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_decoders_classifier(tmp_path, side):
-    """It reads the last token that is no padding, which it finds by its id."""
+@pytest.mark.parametrize("pad", [0, 5])
+def test_a_decoders_classifier(tmp_path, side, pad):
+    """It reads the last token that is no padding, which it finds by its id: by the one that the tokenizer pads with."""
     model, tokenizer = zoo.build("Llama", "LlamaForSequenceClassification", vocab_size=V), characters("<s> $A")
+    model.config.pad_token_id = pad
     prompt = prompt_for(model)
     prompt.save_pretrained_merged(tmp_path, tokenizer)
     loaded, theirs = type(model).from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     batches = [one(texts(), padding=True, padding_side=side, return_tensors="pt") for one in (theirs, tokenizer)]
     theirs, ours = ({key: one[key] for key in ("input_ids", "attention_mask")} for one in batches)
     assert (loaded(**theirs).logits - model(**prompt(**ours)).logits).abs().max() <= zoo.TOLERANCE
+    assert model.config.pad_token_id == pad
 
 
 def test_a_decoders_classifier_whose_texts_end_with_padding(tmp_path):
     """It would read the token before; refused, but not where a text itself may end so, or padding is another."""
     model, tokenizer = zoo.build("Llama", "LlamaForSequenceClassification", vocab_size=V), characters("<s> $A </s>")
-    model.config.pad_token_id = tokenizer.eos_token_id
+    tokenizer.pad_token = "</s>"
     with pytest.raises(
         ValueError, match="ends a text with '</s>', which a LlamaForSequenceClassification that is given"
     ):
         prompt_for(model).save_pretrained_merged(tmp_path, tokenizer)
     assert not list(tmp_path.iterdir())
-    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.pad_token = "<pad>"
     prompt_for(model).save_pretrained_merged(tmp_path, tokenizer)
 
 
