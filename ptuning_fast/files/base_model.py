@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.embedding import is_sharded
-from ..models.info import has_adapter, unwrapped
+from ..models.info import unwrapped, uses_adapter
 from . import weights
 from .peft import Saved
 
@@ -45,9 +45,9 @@ def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = Fa
 
 def warn_of_adapter(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
     """A warning where a prompt was trained on a model with an adapter of PEFT's and `model` has none, or vice versa."""
-    before, now = settings.get("with_adapter"), has_adapter(model)
+    before, now = settings.get("with_adapter"), uses_adapter(model)
     if before and not now:
-        said = "with an adapter of PEFT's (LoRA), which this one has not: unless it was merged into the model, load it"
+        said = "with an adapter of PEFT's (LoRA), which this one has not, or disabled: unless it was merged, load it"
     elif before is False and now:
         said = "without an adapter of PEFT's (LoRA), and this one has one: unless that is new, take the model without"
     else:
@@ -57,7 +57,7 @@ def warn_of_adapter(model: Any, settings: dict[str, Any], folder: str | Path) ->
 
 def settings_of(model: Any) -> dict[str, Any]:
     """What is kept of `model` with a prompt: whether it has an adapter of PEFT's, and some of its numbers."""
-    return {"with_adapter": has_adapter(model), weights.KEY: weights.numbers_of(model)}
+    return {"with_adapter": uses_adapter(model), weights.KEY: weights.numbers_of(model)}
 
 
 def same_name(ours: str, theirs: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.info import has_adapter, unwrapped
+from ..models.info import unwrapped, uses_adapter
 
 __all__ = ["KEY", "numbers_of", "warn_of_weights"]
 
@@ -19,8 +19,8 @@ def numbers_of(model: Any) -> dict[str, list[float]]:
     """Of each parameter, by its name from the base model on, the first numbers of one row, four at most.
 
     Of those that are here as they are: not quantised, sharded or offloaded. And, of an encoder without a head, without
-    its pooler, which many a checkpoint lacks and few read. Of PEFT's adapters of the active ones, whatever they are
-    called.
+    its pooler, which many a checkpoint lacks and few read. Of PEFT's adapters those that are active, whatever they are
+    called, and what is below them under the name that it has without, unless they are merged into it.
     """
     model = unwrapped(model)
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -34,14 +34,17 @@ def numbers_of(model: Any) -> dict[str, list[float]]:
 
 
 def _without_adapter(model: Any, name: str) -> str:
-    """A parameter's name without that of the adapter of PEFT's that it is of; "" where that one is not active."""
+    """A parameter's name without what adapters of PEFT's put into it; "" for one that is not used or not as it was."""
     words: list[str] = []
     owner, last, part = model, "", model
     for word in name.split("."):
-        if last not in getattr(owner, "adapter_layer_names", ()):
-            words.append(word)
-        elif word not in owner.active_adapters:
+        if last in getattr(owner, "adapter_layer_names", ()):
+            if word not in owner.active_adapters or owner.disable_adapters:
+                return ""
+        elif hasattr(part, "adapter_layer_names") and (word == "original_module" or getattr(part, "merged", False)):
             return ""
+        elif word != "base_layer":
+            words.append(word)
         owner, last, part = part, word, getattr(part, word)
     return ".".join(words)
 
@@ -62,10 +65,10 @@ def warn_of_weights(model: Any, settings: dict[str, Any], folder: str | Path) ->
     kept = settings.get(KEY) or {}
     if not isinstance(kept, dict) or not all(map(_are_numbers, kept.values())):
         raise ValueError(f"the adapter in {folder} is damaged: its weights are {str(kept)[:100]}")
-    if settings.get("with_adapter") and not has_adapter(model):
+    if settings.get("with_adapter") and not uses_adapter(model):
         return  # which may have been merged
     here = numbers_of(model)
-    both = [name for name in kept if name in here and "base_layer" not in name]
+    both = [name for name in kept if name in here]
     others = [name for name in both if _differ(here[name], kept[name])]
     for name in others[:1]:
         warnings.warn(

@@ -1,5 +1,6 @@
 """What a Hugging Face model takes, and which rows of its input and output mean what."""
 
+import copy
 import inspect
 import re
 import warnings
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..op import Batch
 from .families import class_of, family_of
 from .positions import counts_columns, max_positions, position_start, steady_length
+from .replaced import with_module
 
 __all__ = [
     "ModelInfo",
@@ -23,6 +25,7 @@ __all__ = [
     "has_decoder",
     "is_a",
     "unwrapped",
+    "uses_adapter",
     "what_draws",
 ]
 
@@ -195,21 +198,20 @@ def describe(model: nn.Module) -> ModelInfo:
     """
     if hasattr(model, "peft_config") and getattr(model, "prompt_encoder", None):
         raise TypeError(f"this {type(model).__name__} prepends a prompt of PEFT's: give its .base_model")
-    model = unwrapped(model)
+    around, model = model, unwrapped(model)
     _refuse(model)
-    config: Any = model.config
+    takes, config = _handed_on(around), model.config
     pooled = _pooled_end(model)
     has_pooler = getattr(model.base_model, "pooler", None) is not None
     family, embedding_type = family_of(model), getattr(config, "position_embedding_type", "absolute")
     absolute = family is not None and family.absolute and embedding_type == "absolute"
-    takes = frozenset(inspect.signature(model.forward).parameters)
     return ModelInfo(
         name=class_of(model).__name__,
         takes=takes,
         position_start=position_start(model),
         max_positions=max_positions(model),
         steady_length=steady_length(model),
-        counts_columns=counts_columns(model),
+        counts_columns=counts_columns(model, takes),
         pooled=pooled,
         labels_are_rows=not is_a(model, "ForTokenClassification") and (has_decoder(model) or pooled is not None),
         per_token=is_a(model, *_PER_TOKEN) and not is_a(model, *_PER_TEXT),
@@ -220,6 +222,27 @@ def describe(model: nn.Module) -> ModelInfo:
         has_decoder=has_decoder(model),
         finds_images=any(hasattr(one, "get_rope_index") for one in (model, model.base_model)),
     )
+
+
+def _handed_on(model: Any) -> frozenset[str]:
+    """The arguments of a model's forward, but for those that stay with what PEFT has put around it.
+
+    PeftModelForQuestionAnswering takes position_ids and token types, and hands on neither.
+    """
+    around, bare = getattr(model, "_orig_mod", model), unwrapped(model)
+    takes = frozenset(inspect.signature(bare.forward).parameters)
+    given = {name: torch.zeros(1, 1, dtype=torch.int64) for name in ("position_ids", "token_type_ids") if name in takes}
+    if around is bare or not given:
+        return takes
+    arrived: set[str] = set()
+
+    def inside(*_: Any, **arguments: Any) -> None:
+        arrived.update(name for name in given if arguments.get(name) is not None)
+
+    copied = copy.copy(bare)
+    copied.__dict__["forward"] = inside
+    with_module(around, ("base_model", "model"), copied).forward(**given)
+    return takes - (given.keys() - arrived)
 
 
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
@@ -249,6 +272,13 @@ def has_adapter(model: Any) -> bool:
     """Whether PEFT has put an adapter (LoRA and the like) around `model`, or into it."""
     around = hasattr(getattr(model, "_orig_mod", model), "peft_config")
     return around or bool(getattr(unwrapped(model), "_hf_peft_config_loaded", False))
+
+
+def uses_adapter(model: Any) -> bool:
+    """Whether PEFT has put an adapter into `model` that is not disabled."""
+    return has_adapter(model) and not any(
+        getattr(part, "disable_adapters", None) is True for part in unwrapped(model).modules()
+    )
 
 
 def has_decoder(model: Any) -> bool:

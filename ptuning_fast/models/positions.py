@@ -1,6 +1,6 @@
 """Where a model's positions start, how many it has, and whether it can be told them."""
 
-import inspect
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,15 +61,18 @@ def steady_length(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def counts_columns(model: nn.Module) -> int | None:
+def counts_columns(model: nn.Module, takes: Collection[str]) -> int | None:
     """How many columns a row may have before padding in it counts as text, and cannot be told not to; None: any number.
 
     0 where absolute positions are those of the columns (BART). A router that an `expert_capacity` has gives padding
     its experts' places (Switch Transformers), and layers without rotary positions that scale by the column do so from
     `floor_scale` on (Llama 4).
+
+    Args:
+        takes: the arguments that it can be told something with.
     """
     limits = []
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in takes:
         limits += [0 for name, _ in model.named_modules() if name.rpartition(".")[2] in _TABLES]
     for held in map(vars, model.modules()):
         if "expert_capacity" in held:

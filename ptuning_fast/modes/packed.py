@@ -10,7 +10,6 @@ from ..attention.interface import keeps_attention, mask_of_packed, narrowed, obs
 from ..models.embedding import prepend
 from ..models.families import class_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.positions import counts_columns
 from ..models.probe import Outcome, of_ids
 from ..models.trial import one_at_a_time
 from ..op import Batch, Embedded, Layout, Prompt
@@ -39,7 +38,7 @@ class Packed(Mode):
         super().__init__(model, info)
         info.check_per_token()
         inner = unwrapped(model)
-        _check(inner)
+        _check(inner, info)
         obstacle = obstacle_of_packed(inner)
         if obstacle is not None:  # for now: not as the TypeErrors are, which nothing changes
             raise ValueError(obstacle)
@@ -143,7 +142,7 @@ def obstacle_of_packed(model: Any) -> str | None:
     return obstacle_of_attention(model.config._attn_implementation)
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, info: ModelInfo) -> None:
     """TypeError for a model that says of itself that it cannot be given a packed batch.
 
     Such are models that do not go through transformers' AttentionInterface, most of them because they add a bias of
@@ -159,7 +158,7 @@ def _check(model: Any) -> None:
         raise TypeError(f"{name} is more than a text model, which packed batches are for: take mode='prepend'")
     if getattr(config, "add_cross_attention", False):
         raise TypeError(f"{name} attends to states of each row, which packed batches do not have: take mode='prepend'")
-    if counts_columns(model) is not None:
+    if info.counts_columns is not None:
         raise TypeError(
             f"{name} counts columns, and takes no position_ids there, which packed batches need: take mode='prepend'"
         )

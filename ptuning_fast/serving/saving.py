@@ -12,7 +12,7 @@ from ..files import adapter, card, hub, peft
 from ..files.base_model import check_base, load_head, settings_of
 from ..files.weights import warn_of_weights
 from ..models import unwrapped
-from ..models.info import has_adapter
+from ..models.info import uses_adapter
 from . import merged
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class Saving(nn.Module):
         rows = self.final_prompt()
         parameters, head = self.state_dict(), peft.head_of(self.model)
         of_model = unwrapped(self.model).state_dict()
-        head |= {name: of_model[name] for name in self._new & of_model.keys()}
+        head |= {name: one for name, one in of_model.items() if name in self._new}  # in one order in all processes
         modules = peft.modules_of(self.model, head) | self._came_as
-        head |= {name: of_model[name] for name in self._came_with & of_model.keys()}
+        head |= {name: one for name, one in of_model.items() if name in self._came_with}
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings
         settings = {"num_prompts": self.num_prompts, "encoder": encoder} | settings_of(self.model)
@@ -192,7 +192,7 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
-        merged_since = settings.get("with_adapter") and not has_adapter(model)  # if at all: check_base has said so
+        merged_since = settings.get("with_adapter") and not uses_adapter(model)  # if at all: check_base has said so
         for name in [] if merged_since else sorted(prompt._new - head.keys())[:1]:
             warnings.warn(
                 f"{name} of {type(unwrapped(model)).__name__} is new, as the checkpoint has none, and the adapter in "

@@ -99,6 +99,9 @@ def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
     with pytest.warns(UserWarning, match="is trained, too"):
         trained.save_pretrained(tmp_path / "prompt")
     lora.save_pretrained(tmp_path / "lora")
+    head = trained.prompt._kept()[0].head
+    in_order = [name for name in peft_files.unwrapped(lora).state_dict() if name in head]
+    assert list(head) == in_order, "in which processes gather what FSDP2 has sharded, each with a hash of its own"
     again = PromptedModel.from_pretrained(
         peft.PeftModel.from_pretrained(load(2), tmp_path / "lora"), tmp_path / "prompt"
     ).eval()

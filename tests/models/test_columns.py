@@ -73,3 +73,40 @@ def test_multiple_choice(name, torch_backend):
         PromptedModel(model, length=3)(torch.ones(1, 2, 3).long(), torch.ones(1, 2, 3).long())
     for one in found:
         torch.testing.assert_close(one.flatten(), torch.cat(alone).flatten(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["QUESTION_ANS", None])
+def test_positions_that_what_is_around_a_model_does_not_hand_on(task, torch_backend):
+    """PEFT's wrapper for questions has them in its signature alone, so padding on the left would count as text."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    config = peft.LoraConfig(task_type=task, target_modules=["query"], init_lora_weights=False)
+    model = peft.get_peft_model(zoo.build("BERT", "BertForQuestionAnswering"), config).eval()
+    assert ("position_ids" in describe(model).takes) == (task is None)
+    prompt, rows = SoftPrompt(model, 3), zoo.texts([4, 11, 1])
+    alone = [model(**prompt(row[None], torch.ones_like(row[None]))).start_logits[0, -len(row) :] for row in rows]
+    for side in ("right", "left"):
+        ids, mask = zoo.padded(rows, side)
+        if task and side == "left":
+            with pytest.raises(ValueError, match="counts padding on the left as text"):
+                prompt(ids, mask)
+            continue
+        given = prompt(ids, mask)
+        logits = model(**given).start_logits
+        there = given["attention_mask"] != 0
+        for row, text in enumerate(alone):
+            torch.testing.assert_close(logits[row][there[row]][3:], text, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "LNTuningConfig"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION", None])
+def test_what_is_around_a_model_hands_on_the_rest(kind, task):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    options = {
+        "IA3Config": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "LNTuningConfig": {"target_modules": ["input_layernorm"]},
+        "AdaLoraConfig": {"target_modules": ["q_proj"], "total_step": 9},
+    }.get(kind, {"target_modules": ["q_proj"]})
+    model = zoo.build("Llama")
+    before = describe(model).takes
+    around = peft.get_peft_model(model, getattr(peft, kind)(task_type=task, **options))
+    assert describe(around).takes == before and "forward" not in vars(model)
