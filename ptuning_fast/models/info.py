@@ -225,15 +225,16 @@ def describe(model: nn.Module) -> ModelInfo:
 
 
 def _handed_on(model: Any) -> frozenset[str]:
-    """The arguments of a model's forward, but for those that stay with what PEFT has put around it.
+    """The arguments of a model's forward, but for those that what PEFT has put around it names, and does not hand on.
 
-    PeftModelForQuestionAnswering takes position_ids and token types, and hands on neither.
+    Those are the position_ids and token types of PeftModelForQuestionAnswering.
     """
     around, bare = getattr(model, "_orig_mod", model), unwrapped(model)
     takes = frozenset(inspect.signature(bare.forward).parameters)
-    given = {name: torch.zeros(1, 1, dtype=torch.int64) for name in ("position_ids", "token_type_ids") if name in takes}
-    if around is bare or not given:
+    named = {"position_ids", "token_type_ids"} & takes & inspect.signature(around.forward).parameters.keys()
+    if around is bare or not named:
         return takes
+    given = {name: torch.zeros(1, 1, dtype=torch.int64) for name in named}
     arrived: set[str] = set()
 
     def inside(*_: Any, **arguments: Any) -> None:
