@@ -82,7 +82,10 @@ def test_a_lora_that_came_since(tmp_path):
     with lora.disable_adapter(), warnings.catch_warnings():
         warnings.simplefilter("error")
         SoftPrompt.from_pretrained(lora, tmp_path)
+    assert not warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path))
     SoftPrompt(lora, zoo.M).save_pretrained(tmp_path / "behind")
+    model.get_parameter("model.layers.1.self_attn.q_proj.base_layer.weight").data.mul_(1.02)
+    assert warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path)), "it has another name below a LoRA"
     with lora.disable_adapter(), pytest.warns(UserWarning, match="with an adapter of PEFT's .* has not, or disabled"):
         SoftPrompt.from_pretrained(lora, tmp_path / "behind")
 
