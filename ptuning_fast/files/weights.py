@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..models.info import unwrapped, uses_adapter
 
-__all__ = ["KEY", "numbers_of", "warn_of_weights"]
+__all__ = ["KEY", "numbers_of", "warn_of_weights", "without_adapter"]
 
 KEY = "weights"  # among the settings in an adapter's header
 _APART = 0.005  # relative; rounding to bfloat16 makes 0.002 of it, at most
@@ -24,7 +24,7 @@ def numbers_of(model: Any) -> dict[str, list[float]]:
     """
     model = unwrapped(model)
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    named = ((_without_adapter(model, name), one) for name, one in model.named_parameters())
+    named = ((without_adapter(model, name), one) for name, one in model.named_parameters())
     found = {name.removeprefix(base): one.data for name, one in named if name}
     if not base:
         found = {name: one for name, one in found.items() if "pooler." not in name}
@@ -33,7 +33,7 @@ def numbers_of(model: Any) -> dict[str, list[float]]:
     return {name: _some_of(one) for name, one in floats.items() if one.numel()}
 
 
-def _without_adapter(model: Any, name: str) -> str:
+def without_adapter(model: Any, name: str) -> str:
     """A parameter's name without what adapters of PEFT's put into it; "" for one that is not used or not as it was."""
     words: list[str] = []
     owner, last, part = model, "", model

@@ -170,7 +170,8 @@ class SoftPrompt(Saving):
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
         info = self.info
-        info.check_room(self.length, input_ids)
+        if not flattened:
+            info.check_room(self.length, input_ids)
         if info.per_token and not info.labels_are_rows and labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels must be {list(input_ids.shape)}, one per token, as input_ids; they are {list(labels.shape)}"
@@ -182,6 +183,7 @@ class SoftPrompt(Saving):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
+            info.check_room(self.length, batch.input_ids)
         if self.length and per_token:
             self.model_loss.known(warn_of_ignored, self.model, None)
         if self.length == 0 and per_token and self.has_causal_loss:
@@ -378,7 +380,8 @@ class SoftPrompt(Saving):
         return f"length={self.length}{prompts}, model={type(self.model).__name__}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A prompt for the same model; copied as part of something else, which may hold both, for the model's copy.
+        # A prompt for the same model; copied as part of something else, which may hold both, for the model's copy. (As
+        # the first thing in a tuple it cannot know of the rest: docs/models.md.)
         model = copy.deepcopy(self.model, memo) if memo else self.model
         copied = memo[id(self)] = type(self).__new__(type(self))
         found: dict[str, Any] = {"_cached": None, "model_loss": ModelLoss(self.info)}  # of the model: it is found again

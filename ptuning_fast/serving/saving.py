@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..files import adapter, card, hub, peft
 from ..files.base_model import check_base, load_head, settings_of
-from ..files.weights import warn_of_weights
+from ..files.weights import warn_of_weights, without_adapter
 from ..models import unwrapped
 from ..models.info import uses_adapter
 from . import merged
@@ -69,6 +69,9 @@ class Saving(nn.Module):
         head |= {name: one for name, one in of_model.items() if name in self._new}  # in one order in all processes
         modules = peft.modules_of(self.model, head) | self._came_as
         head |= {name: one for name, one in of_model.items() if name in self._came_with}
+        for name in head:
+            if not without_adapter(unwrapped(self.model), name):
+                raise ValueError(f"{name} has an adapter merged into it for now: call unmerge_adapter() before saving")
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings
         settings = {"num_prompts": self.num_prompts, "encoder": encoder} | settings_of(self.model)
@@ -107,7 +110,8 @@ class Saving(nn.Module):
         Parameters that FSDP2 has sharded are gathered: every process must then call this, and the first one writes.
 
         Raises:
-            ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
+            ValueError: a folder with an adapter of another kind in it (LoRA), or a model; a head into which PEFT's
+                `merge_adapter` has put a LoRA for now. Nothing is written.
         """
         saved, rows, first = self._kept()
         if first:

@@ -1,6 +1,7 @@
 """`python -m ptuning_fast` with what cannot be used: one line that says so, and the adapter that was there stays."""
 
 import io
+import itertools
 import os
 
 import pyarrow
@@ -8,6 +9,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from written import write
 
 from ptuning_fast.cli.main import main
@@ -191,3 +195,16 @@ def test_a_model_without_its_tokenizer(rows, kind, tmp_path, capsys):
     assert main(["train", "--train-file", file, "--model", model, "--output", str(tmp_path / "adapter"), *task]) == 2
     assert "knows no words: its files are missing there" in capsys.readouterr().err
     assert not any((tmp_path / "adapter").iterdir())
+
+
+def test_a_tokenizer_of_other_words(tmp_path):
+    """None of them English."""
+    words = ["[PAD]", "[UNK]", *map("".join, itertools.product("ACGT", repeat=3))]
+    backend = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    model, file = tmp_path / "model", write(tmp_path / "rows.csv", [("ACG TTT GCA", "a"), ("CCC TTA", "b")] * 10)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    assert main(["train", "--train-file", file, "--model", str(model), "--output", str(tmp_path / "adapter")]) == 0

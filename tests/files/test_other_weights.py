@@ -111,6 +111,20 @@ def test_another_lora(tmp_path):
     assert warned(lambda: SoftPrompt.from_pretrained(again, tmp_path / "prompt")), "what is below the LoRA"
 
 
+def test_a_head_that_has_a_lora_merged_into_it_is_not_saved(tmp_path):
+    """Beside the LoRA it would count twice."""
+    zoo.build("BERT").save_pretrained(tmp_path / "model")
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    prompt = SoftPrompt(lora, zoo.M)
+    lora.merge_adapter()
+    with pytest.raises(ValueError, match=r"classifier.* has an adapter merged into it for now: call unmerge_adapter"):
+        prompt.save_pretrained(tmp_path / "prompt")
+    assert not (tmp_path / "prompt").exists()
+    lora.unmerge_adapter()
+    prompt.save_pretrained(tmp_path / "prompt")
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
 def test_a_head_that_a_lora_has_in_the_place_of_a_new_one(tmp_path, task):
     """PEFT keeps the one that was there before, which is drawn anew at each load, and not used."""

@@ -166,6 +166,22 @@ def test_a_flattened_batch_whose_texts_begin_elsewhere(starts):
         prompt(ids, position_ids=positions, mode="packed")
 
 
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared", "auto"])
+def test_room_in_a_flattened_batch_is_for_each_text(mode):
+    """All together they are longer than the positions of the model, or than its rotary positions are steady for."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    ids, starts = torch.cat(zoo.texts([11] * 8))[None], torch.arange(0, 89, 11)
+    for model in (zoo.build("GPT-2"), zoo.build("Llama", rope_parameters=rope, max_position_embeddings=64)):
+        prompt = SoftPrompt(model.eval(), 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            flat = prompt.loss(ids, labels=ids, mode=mode, cu_seq_lens_q=starts)
+        padded = prompt.loss(ids.view(8, 11), labels=ids.view(8, 11), mode="prepend")
+        torch.testing.assert_close(flat, padded, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="3 virtual tokens and 88 tokens are 91, and GPT2LMHeadModel has 64"):
+        SoftPrompt(zoo.build("GPT-2"), 3)(ids, mode=mode, cu_seq_lens_q=starts[[0, -1]])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_labels_on_padding_are_none_in_any_mode(side):
     model = zoo.build("Llama")
