@@ -12,25 +12,30 @@ from ..models.info import unwrapped, uses_adapter
 __all__ = ["KEY", "numbers_of", "warn_of_weights", "without_adapter"]
 
 KEY = "weights"  # among the settings in an adapter's header
-_APART = 0.005  # relative; rounding to bfloat16 makes 0.002 of it, at most
+_APART = 0.006  # relative, of each number: 0.004 may be rounding to bfloat16, and 0.001 that to four digits
+_ROWS = [place**2 for place in range(2, 65)]  # of the token embeddings, which are trained by the rows that texts have
 
 
 def numbers_of(model: Any) -> dict[str, list[float]]:
     """Of each parameter, by its name from the base model on, the first numbers of one row, four at most.
 
+    And of the token embeddings the first of 63 more rows, all of the 4,096 first, that a wider vocabulary has as well.
     Of those that are here as they are: not quantised, sharded or offloaded. And, of an encoder without a head, without
-    its pooler, which many a checkpoint lacks and few read. Of PEFT's adapters those that are active, whatever they are
-    called, and what is below them under the name that it has without, unless they are merged into it.
+    its pooler, which many a checkpoint lacks and few read. Of PEFT's adapters the sum of the active ones, whatever they
+    are called, and what is below them under the name that it has without, unless they are merged into it.
     """
     model = unwrapped(model)
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    named = ((without_adapter(model, name), one) for name, one in model.named_parameters())
-    found = {name.removeprefix(base): one.data for name, one in named if name}
-    if not base:
-        found = {name: one for name, one in found.items() if "pooler." not in name}
-    here = {name: one for name, one in found.items() if type(one) is Tensor and one.device.type != "meta"}
-    floats = {name: one for name, one in here.items() if one.is_floating_point() and one.itemsize > 1}
-    return {name: _some_of(one) for name, one in floats.items() if one.numel()}
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    numbers: dict[str, list[float]] = {}
+    for full_name, one in model.named_parameters():
+        name = without_adapter(model, full_name).removeprefix(base)
+        here = type(one.data) is Tensor and one.device.type != "meta" and one.numel()
+        if not (name and here and one.is_floating_point() and one.itemsize > 1) or (not base and "pooler." in name):
+            continue
+        some = [float(f"{number:.4g}") for number in _some_of(one.data, _ROWS if one is table else [])]
+        numbers[name] = [round(sum(both), 9) for both in zip(some, numbers.get(name, [0.0] * len(some)))]
+    return numbers
 
 
 def without_adapter(model: Any, name: str) -> str:
@@ -49,12 +54,13 @@ def without_adapter(model: Any, name: str) -> str:
     return ".".join(words)
 
 
-def _some_of(parameter: Tensor) -> list[float]:
-    """Of its second row, as the first one of a token table may be that of the padding."""
+def _some_of(parameter: Tensor, rows: list[int]) -> list[float]:
+    """Of its second row, as the first one of a token table may be that of the padding, and of `rows` that it has."""
     row = parameter[None]
     if parameter.dim():
         row = parameter[tuple(min(1, size - 1) for size in parameter.shape[:-1])]
-    return [float(f"{one:.4g}") for one in row[:4].tolist()]
+    more = parameter[[place for place in rows if place < len(parameter)], 0].tolist() if rows else []
+    return row[:4].tolist() + more
 
 
 def warn_of_weights(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
@@ -80,7 +86,7 @@ def warn_of_weights(model: Any, settings: dict[str, Any], folder: str | Path) ->
 
 
 def _differ(ours: list[float], theirs: list[float]) -> bool:
-    return len(ours) != len(theirs) or math.dist(ours, theirs) > _APART * math.hypot(*theirs) + 1e-6
+    return not all(math.isclose(*both, rel_tol=_APART, abs_tol=1e-6) for both in zip(ours, theirs))
 
 
 def _are_numbers(value: object) -> bool:

@@ -320,8 +320,8 @@ class PromptedModel(nn.Module):
         others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]
         if marks and others:
             warnings.warn(
-                f"{others[0]} is trained, too, and is written neither with the prompt nor with PEFT's adapter: name it "
-                "in the adapter's modules_to_save",
+                f"{others[0]} is trained, too, and is not written with the prompt, and with PEFT's adapter only where "
+                "its settings say so: by bias, trainable_token_indices or modules_to_save",
                 stacklevel=2,
             )
         elif rest:

@@ -73,6 +73,15 @@ def test_one_part_alone_that_is_trained_since(tmp_path, name, part):
     assert warned(lambda: SoftPrompt.from_pretrained(other, tmp_path))
 
 
+def test_some_token_embeddings_that_are_trained_since(tmp_path):
+    """Those of the tokens that there are texts with, and not one of the table's first rows."""
+    model = zoo.build("Llama", vocab_size=5000)
+    SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
+    rows = torch.randperm(4000, generator=torch.Generator().manual_seed(0))[:400] + 100
+    model.get_input_embeddings().weight.data[rows] += 0.05
+    assert warned(lambda: SoftPrompt.from_pretrained(model, tmp_path))
+
+
 def test_a_lora_that_came_since(tmp_path):
     model = zoo.build("Llama")
     SoftPrompt(model, zoo.M).save_pretrained(tmp_path)
@@ -102,8 +111,15 @@ def test_another_lora(tmp_path):
     again = peft.PeftModel.from_pretrained(model, tmp_path / "first", adapter_name="anew")
     assert not warned(lambda: SoftPrompt.from_pretrained(again, tmp_path / "prompt"))
     assert not warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "prompt"))
-    lora.set_adapter("second")
-    assert warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "prompt"))
+    for active in ("second", ["first", "second"]):
+        lora.base_model.set_adapter(active)
+        assert warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "prompt"))
+    SoftPrompt(lora, zoo.M).save_pretrained(tmp_path / "both")
+    for active in ("first", "second"):
+        lora.set_adapter(active)
+        assert warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "both"))
+    lora.base_model.set_adapter(["second", "first"])
+    assert not warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "both"))
     lora.set_adapter("first")
     lora.merge_adapter()
     assert not warned(lambda: SoftPrompt.from_pretrained(lora, tmp_path / "prompt"))

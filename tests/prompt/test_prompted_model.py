@@ -155,7 +155,7 @@ def test_a_classifiers_head_is_trained_and_saved(tmp_path):
 def test_a_head_that_no_adapter_keeps(tmp_path):
     peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
     for task, expected in (
-        (None, "classifier.*neither with the prompt nor with PEFT's adapter"),
+        (None, "classifier.*not written with the prompt, and with PEFT's adapter only where"),
         ("SEQ_CLS", "lora_A"),
     ):
         settings = peft.LoraConfig(target_modules=["query"], task_type=task)
