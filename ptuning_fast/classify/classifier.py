@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..files import adapter, card, hub
 from ..files import classifier as classifier_files
-from ..files.base_model import same_name, settings_of, warn_of_adapter, warn_of_rounding
+from ..files.base_model import lost_adapter, same_name, settings_of, warn_of_adapter, warn_of_rounding
 from ..files.weights import warn_of_weights
 from ..models import describe, prepend
 from ..models.info import ModelInfo, fits
@@ -353,7 +353,8 @@ class FastPTuning(nn.Module):
                 stacklevel=2,
             )
         warn_of_adapter(model.bert, settings, folder)
-        warn_of_weights(model.bert, settings, folder)
+        if not lost_adapter(model.bert, settings):
+            warn_of_weights(model.bert, settings, folder)
         warn_of_rounding(own, {key: tensors[key] for key in classifier_files.TENSORS}, folder)
         model.load_state_dict({key: tensors[key] for key in classifier_files.TENSORS}, strict=False)
         model.max_length = min(filter(None, (most, model.max_length)), default=None)

@@ -17,6 +17,7 @@ from .peft import Saved
 __all__ = [
     "check_base",
     "load_head",
+    "lost_adapter",
     "same_name",
     "settings_of",
     "warn_of_adapter",
@@ -45,14 +46,18 @@ def check_base(model: Any, saved: Saved, folder: str | Path, any_base: bool = Fa
 
 def warn_of_adapter(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
     """A warning where a prompt was trained on a model with an adapter of PEFT's and `model` has none, or vice versa."""
-    before, now = settings.get("with_adapter"), uses_adapter(model)
-    if before and not now:
+    if lost_adapter(model, settings):
         said = "with an adapter of PEFT's (LoRA), which this one has not, or disabled: unless it was merged, load it"
-    elif before is False and now:
+    elif settings.get("with_adapter") is False and uses_adapter(model):
         said = "without an adapter of PEFT's (LoRA), and this one has one: unless that is new, take the model without"
     else:
         return
     warnings.warn(f"the prompt in {folder} was trained on a model {said}", stacklevel=4)
+
+
+def lost_adapter(model: Any, settings: dict[str, Any]) -> bool:
+    """Whether a prompt was trained on a model with an adapter of PEFT's and `model` uses none: it may be merged."""
+    return bool(settings.get("with_adapter")) and not uses_adapter(model)
 
 
 def settings_of(model: Any) -> dict[str, Any]:

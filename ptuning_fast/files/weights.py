@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.info import unwrapped, uses_adapter
+from ..models.info import unwrapped
 
 __all__ = ["KEY", "numbers_of", "warn_of_weights", "without_adapter"]
 
@@ -66,13 +66,12 @@ def _some_of(parameter: Tensor, rows: list[int]) -> list[float]:
 def warn_of_weights(model: Any, settings: dict[str, Any], folder: str | Path) -> None:
     """A warning where the weights of `model` are others than those that the prompt in `folder` was saved with.
 
-    For after the head that goes with the prompt has been loaded: it is compared, too.
+    For after the head that goes with the prompt has been loaded: it is compared, too. Not for a model whose adapter of
+    PEFT's may have been merged since.
     """
     kept = settings.get(KEY) or {}
     if not isinstance(kept, dict) or not all(map(_are_numbers, kept.values())):
         raise ValueError(f"the adapter in {folder} is damaged: its weights are {str(kept)[:100]}")
-    if settings.get("with_adapter") and not uses_adapter(model):
-        return  # which may have been merged
     here = numbers_of(model)
     both = [name for name in kept if name in here]
     others = [name for name in both if _differ(here[name], kept[name])]

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..files import adapter, card, hub, peft
-from ..files.base_model import check_base, load_head, settings_of
+from ..files.base_model import check_base, load_head, lost_adapter, settings_of
 from ..files.weights import warn_of_weights, without_adapter
 from ..models import unwrapped
-from ..models.info import uses_adapter
 from . import merged
 
 if TYPE_CHECKING:
@@ -196,14 +195,14 @@ class Saving(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the adapter in {folder} is damaged: {error}") from None
         load_head(model, head, folder)
-        merged_since = settings.get("with_adapter") and not uses_adapter(model)  # if at all: check_base has said so
+        merged_since = lost_adapter(model, settings)  # if at all: check_base has said so
         for name in [] if merged_since else sorted(prompt._new - head.keys())[:1]:
             warnings.warn(
                 f"{name} of {type(unwrapped(model)).__name__} is new, as the checkpoint has none, and the adapter in "
                 f"{folder} brings none: it is not what the prompt was trained with",
                 stacklevel=2,
             )
-        if not any_base:
+        if not (any_base or merged_since):
             warn_of_weights(model, settings, folder)
         prompt._came_with, prompt._came_as = frozenset(head), frozenset(config.get("modules_to_save") or ())
         return prompt.eval()
