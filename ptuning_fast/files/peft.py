@@ -124,14 +124,22 @@ def _in_an_adapter(model: nn.Module, name: str) -> bool:
 
 
 def _drawn(model: Any) -> set[str]:
-    """The parameters that transformers has drawn, beside embeddings that it has loaded: its checkpoint has none.
+    """The parameters that transformers has drawn, of a model that it has loaded: the checkpoint has none.
 
-    Nothing is known of a copy (`copy.deepcopy`), which is without transformers' marks.
+    A copy (`copy.deepcopy`) is without transformers' marks; there it is what has a bias of zeros, as it is drawn.
     """
-    table = model.get_input_embeddings()
-    if not any(getattr(one, _LOADED, False) for one in table.parameters()):
+    parameters = dict(model.named_parameters())
+    unmarked = {name for name, one in parameters.items() if not getattr(one, _LOADED, False)}
+    if unmarked != parameters.keys():
+        return unmarked
+    if not getattr(model.config, "_name_or_path", ""):
         return set()
-    return {name for name, one in model.named_parameters() if not getattr(one, _LOADED, False)}
+    drawn = [name.removesuffix("bias") for name, one in parameters.items() if name.endswith("bias") and _is_zero(one)]
+    return {f"{name}{last}" for name in drawn for last in ("weight", "bias")} & unmarked
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    return type(parameter.data) is Tensor and parameter.device.type != "meta" and not parameter.any()
 
 
 _LOADED = "_is_hf_initialized"  # transformers' mark on parameters that a checkpoint had

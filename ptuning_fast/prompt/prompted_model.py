@@ -105,7 +105,7 @@ class PromptedModel(nn.Module):
                     "head: if it is to be trained, call requires_grad_(True) on it after making the PromptedModel",
                     stacklevel=2,
                 )
-            for name, parameter in model.named_parameters():
+            for name, parameter in unwrapped(model).named_parameters():
                 if name in head and not parameter.is_floating_point():
                     raise TypeError(
                         f"{name} of {class_of(unwrapped(model)).__name__} is quantised, and heads are trained: leave "
@@ -315,7 +315,8 @@ class PromptedModel(nn.Module):
             self.prompt._kept()  # where it is sharded, all processes gather it
             return
         head = {*peft.head_of(self.model), *self.prompt._new, *self.prompt._came_with}
-        rest = [name for name, one in self.model.named_parameters() if one.requires_grad and name not in head]
+        trained = getattr(self.model, "_orig_mod", self.model).named_parameters()
+        rest = [name for name, one in trained if one.requires_grad and name not in head]
         marks = marks_of_adapters(self.model)
         others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]
         if marks and others:

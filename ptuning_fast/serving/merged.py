@@ -48,6 +48,7 @@ def save(
     tokens = [[f"<|{name}_{place}|>" for place in range(prompts.shape[1])] for name in names]
     with_tokens, ids = virtual_tokens.added(tokenizer, [token for prompt in tokens for token in prompt])
     _check_ids(model, ids)
+    with_tokens.model_max_length = _max_length(tokenizer, describe(model).max_positions, prompts.shape[1])
 
     saved, state = _with_rows(model, prompts.flatten(0, 1), ids)
     if describe(model).pooled == "right":
@@ -141,6 +142,12 @@ def _set_padding(model: Any, tokenizer: Any) -> None:
             f"the tokenizer ends a text with {end!r}, which a {type(model).__name__} that is given ids takes for "
             "padding: give the tokenizer another padding token"
         )
+
+
+def _max_length(tokenizer: Any, positions: int | None, m: int) -> int:
+    """As many tokens of a text as `tokenizer` leaves it, and a prompt before them, as far as there are positions."""
+    most, endless = tokenizer.model_max_length, 10**9  # a tokenizer without a limit says 10**30
+    return most if most > endless else max(most, min(most + m, positions or endless))
 
 
 def _check_ids(model: Any, ids: list[int]) -> None:

@@ -75,6 +75,38 @@ def test_what_a_checkpoint_has_not_goes_with_the_prompt(tmp_path, before, class_
 
 
 @pytest.mark.parametrize(
+    "around", [copy.deepcopy, lambda model: torch.compile(model, backend="eager")], ids=["copied", "compiled"]
+)
+@pytest.mark.parametrize(
+    ("before", "modules"), [("BertForMaskedLM", {"bert.pooler.dense", "classifier"}), ("BertModel", {"classifier"})]
+)
+def test_the_head_of_a_model_that_is_copied_or_compiled(tmp_path, before, modules, around):
+    base = zoo.build("BERT", before)
+    if before == "BertModel":
+        torch.nn.init.normal_(base.pooler.dense.bias)  # a copy's pooler is known as a new one by zeros
+    base.save_pretrained(tmp_path / "model")
+
+    def load(seed):
+        torch.manual_seed(seed)
+        return transformers.BertForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+
+    prompted = PromptedModel(around(load(1)), zoo.M).eval()
+    names = {name.removeprefix("_orig_mod.") for name, one in prompted.model.named_parameters() if one.requires_grad}
+    assert {name.rpartition(".")[0] for name in names} == modules
+    with torch.no_grad():
+        for parameter in prompted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prompted.save_pretrained(tmp_path / "prompt")
+        loaded = [PromptedModel.from_pretrained(one, tmp_path / "prompt") for one in (load(2), around(load(3)))]
+    for again in loaded:
+        assert torch.equal(again(ids, mask).logits, prompted(ids, mask).logits)
+
+
+@pytest.mark.parametrize(
     ("name", "before", "class_name", "layer"),
     [
         ("BERT", "BertForMaskedLM", "BertForSequenceClassification", "query"),
@@ -111,7 +143,9 @@ def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
     resumed = PromptedModel(peft.get_peft_model(load(3), config), zoo.M).eval()
     resumed.load_state_dict(trained.state_dict())  # a Trainer's checkpoint
     assert torch.equal(resumed(ids, mask).logits, trained(ids, mask).logits)
-    SoftPrompt(copy.deepcopy(load(1)), zoo.M).save_pretrained(tmp_path / "copied")
+    copied = copy.deepcopy(load(1))
+    copied.config._name_or_path = ""  # so nothing says that any of it was loaded
+    SoftPrompt(copied, zoo.M).save_pretrained(tmp_path / "copied")
     if name == "BERT":
         merged = lora.merge_and_unload()
         with warnings.catch_warnings():

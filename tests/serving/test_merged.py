@@ -196,6 +196,26 @@ def test_classifiers(tmp_path, minilm):
             assert abs(found["score"] - expected[row, int(found["label"][-1])].item()) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "class_name", "given", "expected"),
+    [
+        ("BERT", "BertForSequenceClassification", 6, 6 + zoo.M),
+        ("BERT", "BertForSequenceClassification", 62, 64),  # as many as there are positions
+        ("Llama", "LlamaForCausalLM", 6, 6 + zoo.M),
+        ("Llama", "LlamaForCausalLM", int(1e30), int(1e30)),
+    ],
+)
+def test_texts_are_cut_as_before(tmp_path, name, class_name, given, expected):
+    model, tokenizer = zoo.build(name, class_name, vocab_size=V), characters("<s> $A")
+    tokenizer.model_max_length = given
+    prompt_for(model).save_pretrained_merged(tmp_path, tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.model_max_length, theirs.model_max_length) == (given, expected)
+    if expected == 6 + zoo.M:
+        found, ours = (one("a long text", truncation=True)["input_ids"] for one in (theirs, tokenizer))
+        assert found[zoo.M :] == ours and len(ours) == 6
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, 5])
 def test_a_decoders_classifier(tmp_path, side, pad):
