@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..attention.by_length import groups_of
 from ..models.embedding import device_of
 from ..models.families import Family, family_of
-from ..models.info import gives_more
-from ..models.replaced import Called, is_plain, on_the_way, with_module
+from ..models.replaced import Called, gives_more, is_plain, on_the_way, with_module
 from ..models.trial import quietly
 
 __all__ = ["of_pooled_rows", "prunable"]

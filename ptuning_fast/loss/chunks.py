@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.info import ModelInfo, gives_more, unwrapped
-from ..models.replaced import Called, is_plain, on_the_way, with_module
+from ..models.info import ModelInfo, unwrapped
+from ..models.replaced import Called, gives_more, is_plain, on_the_way, with_module
 from ..models.trial import quietly
 from .kinds import is_of_tokens, short_text
 

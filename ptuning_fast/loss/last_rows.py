@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.info import gives_more, unwrapped, what_draws
+from ..models.info import unwrapped
 from ..models.probe import off_by, tolerance
-from ..models.replaced import Called, is_plain, on_the_way, with_module
+from ..models.replaced import Called, gives_more, is_plain, on_the_way, what_draws, with_module
 from ..models.trial import quietly
 
 __all__ = ["LastRows"]

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,13 +19,11 @@ __all__ = [
     "ModelInfo",
     "describe",
     "fits",
-    "gives_more",
     "has_adapter",
     "has_decoder",
     "is_a",
     "unwrapped",
     "uses_adapter",
-    "what_draws",
 ]
 
 
@@ -285,29 +282,6 @@ def uses_adapter(model: Any) -> bool:
 def has_decoder(model: Any) -> bool:
     """Whether it is an encoder and a decoder, and not the encoder alone of such (whose config may be that of both)."""
     return model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters
-
-
-def gives_more(model: Any) -> bool:
-    """Whether its config asks for the outputs of inner modules, too, which transformers catches by hooks on them."""
-    configs = model.config, model.config.get_text_config()
-    return any(getattr(one, f"output_{name}", False) not in (False, None) for one in configs for name in _CAUGHT)
-
-
-_CAUGHT = ("hidden_states", "attentions", "router_logits")
-
-
-def what_draws(model: nn.Module) -> str | None:
-    """The class of a module in `model` that draws at random as it stands: dropout, or noise on a router."""
-    for module in model.modules():
-        if module.training and any(
-            type(value) is float and value > 0 and (name == "p" or _RANDOM.search(name))
-            for name, value in vars(module).items()
-        ):
-            return type(module).__name__
-    return None
-
-
-_RANDOM = re.compile("drop|jitter|noise")
 
 
 def _refuse(model: Any) -> None:

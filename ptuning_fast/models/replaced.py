@@ -1,15 +1,17 @@
 """A module with another in the place of one that is in it: a copy that shares all the rest, for one call or more.
 
 Nothing is changed in the module itself, so other threads, hooks and a later recomputation (gradient checkpointing) see
-what they are called with. A copy costs some microseconds for each module on the way.
+what they are called with. A copy costs some microseconds for each module on the way. And what stands against leaving
+out a part of the work: hooks, outputs of inner modules that somebody asks for, dropout.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Called", "is_plain", "on_the_way", "with_module"]
+__all__ = ["Called", "gives_more", "is_plain", "on_the_way", "what_draws", "with_module"]
 
 
 class Called(nn.Module):
@@ -53,6 +55,29 @@ def is_plain(modules: Iterable[nn.Module]) -> bool:
 
 
 _AROUND = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
+
+
+def gives_more(model: Any) -> bool:
+    """Whether its config asks for the outputs of inner modules, too, which transformers catches by hooks on them."""
+    configs = model.config, model.config.get_text_config()
+    return any(getattr(one, f"output_{name}", False) not in (False, None) for one in configs for name in _CAUGHT)
+
+
+_CAUGHT = ("hidden_states", "attentions", "router_logits")
+
+
+def what_draws(model: nn.Module) -> str | None:
+    """The class of a module in `model` that draws at random as it stands: dropout, or noise on a router."""
+    for module in model.modules():
+        if module.training and any(
+            type(value) is float and value > 0 and (name == "p" or _RANDOM.search(name))
+            for name, value in vars(module).items()
+        ):
+            return type(module).__name__
+    return None
+
+
+_RANDOM = re.compile("drop|jitter|noise")
 
 
 def _step(module: nn.Module, path: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.info import ModelInfo, unwrapped, what_draws
+from ..models.info import ModelInfo, unwrapped
 from ..models.probe import is_causal
+from ..models.replaced import what_draws
 from ..op import Batch, Embedded, Layout, Prompt
 from .packed import Packed, obstacle_of_packed, of_sequences
 
