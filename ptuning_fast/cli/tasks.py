@@ -29,6 +29,7 @@ from ..classify.precision import DTYPES
 from ..models import describe
 from ..models.probe import is_causal
 from ..modes import mode_for
+from ..prompt.generate import count_new_tokens
 from ..prompt.prompted_model import PromptedModel
 from ..prompt.soft_prompt import SoftPrompt
 from ..prompt.trained_only import trained_only
@@ -288,6 +289,7 @@ class Language:
         options_ = {"max_new_tokens": new, "pad_token_id": tokenizer.pad_token_id, "return_dict_in_generate": False}
         ends = tokens.ends(model.prompt.model, tokenizer)
         options_ |= {"num_beams": 1, "num_return_sequences": 1, "eos_token_id": ends or None}
+        count_new_tokens(model.prompt.model, options_, given[0].shape[1])  # a min_length is not of virtual tokens
         try:
             out = model.prompt.generate(*given, do_sample=False, **options_).tolist()
         except (TypeError, ValueError) as error:

@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "modules_of",
     "new_parts",
+    "new_pooler",
     "peft_config",
     "remove_bank",
     "save",
@@ -109,6 +110,14 @@ def new_parts(model: Any) -> frozenset[str]:
     base = f"{model.base_model_prefix}."
     outside = {name for name in _drawn(model) if not name.startswith(base) or name.startswith(f"{base}pooler.")}
     return frozenset(name for name in outside if not _in_an_adapter(model, name))
+
+
+def new_pooler(model: Any) -> frozenset[str]:
+    """Names of the parameters of a pooler, of an encoder without a head, that the checkpoint had not.
+
+    Few read it, so it goes with no prompt; but a module of somebody's own, whose head does, has it in its checkpoints.
+    """
+    return frozenset(name for name in _drawn(model) if model.base_model is model and name.startswith("pooler."))
 
 
 def _has_head(model: Any) -> bool:

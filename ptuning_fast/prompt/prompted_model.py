@@ -116,7 +116,8 @@ class PromptedModel(nn.Module):
         self.prompt = SoftPrompt(model, length, **options) if prompt is None else prompt
         self.mode = mode
         self._signature = _signature(type(self).forward, unwrapped(model))
-        new = {unwrapped(model).get_parameter(name) for name in self.prompt._new}
+        inner = unwrapped(model)
+        new = {inner.get_parameter(name) for name in {*self.prompt._new, *peft.new_pooler(inner)}}
         trained_only(self, also={name for name, one in self.named_parameters() if one in new})
 
     @_OfTheModel

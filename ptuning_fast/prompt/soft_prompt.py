@@ -307,7 +307,8 @@ class SoftPrompt(Saving):
             input_ids, attention_mask, token_type_ids: [B, n] each, padded on the left, as `generate` wants it.
             keep_prompt: keep the prompt's keys and values for the next call, until the prompt changes. It is your word
                 that the model does not: weights that were changed, adapters and hooks cannot be noticed.
-            options: `generate`'s own. `max_length` counts virtual tokens as well (PromptedModel's does not).
+            options: `generate`'s own. `max_length` and `min_length`, those of a `generation_config` too, count virtual
+                tokens as well (PromptedModel's do not).
 
         Raises:
             TypeError: a model that generates nothing.

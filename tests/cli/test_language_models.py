@@ -236,6 +236,11 @@ def test_predict_stops_where_training_ends(untrained, tmp_path, capsys):
     beams = {"num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True}
     (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": ids[1]} | beams))
     assert predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]
+    n = len(tokenizer(text)["input_ids"])
+    for least, as_before in ((n + 1, True), (n + 3, False)):  # of the text, not of virtual tokens
+        own = settings | {"eos_token_id": ids[1], "min_length": least}
+        (tmp_path / "model/generation_config.json").write_text(json.dumps(own))
+        assert (predicted(folder, text, capsys, "--max-new-tokens", "8") == [expected]) == as_before
 
 
 def test_a_continuation_is_one_line(untrained, tmp_path, capsys, monkeypatch):

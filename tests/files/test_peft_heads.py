@@ -155,6 +155,27 @@ def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
             SoftPrompt.from_pretrained(load(2), tmp_path / "copied")
 
 
+def test_a_new_pooler_that_a_head_of_somebodys_own_reads(tmp_path):
+    """It is in the checkpoints of the whole, frozen, and not with the prompt, which most have without reading it."""
+    zoo.build("BERT", "BertForMaskedLM").save_pretrained(tmp_path / "model")
+
+    def made(seed):
+        torch.manual_seed(seed)
+        base = transformers.BertModel.from_pretrained(tmp_path / "model").eval()
+        return torch.nn.ModuleDict(
+            {"behind": PromptedModel(base, zoo.M, mode="prepend"), "head": torch.nn.Linear(zoo.D, 2)}
+        )
+
+    ours, again = made(1), made(2)
+    assert not any(one.requires_grad for one in ours["behind"].model.parameters())
+    again.load_state_dict(ours.state_dict())
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    rows = [one["behind"](ids, mask).pooler_output for one in (ours, again)]
+    assert torch.equal(*rows) and torch.equal(ours["head"](rows[0]), again["head"](rows[1]))
+    ours["behind"].save_pretrained(tmp_path / "prompt")
+    assert not [name for name in adapter.load(tmp_path / "prompt")[0] if "pooler" in name]
+
+
 @pytest.mark.parametrize("frozen", ["", "bert"])
 def test_a_checkpoint_has_what_is_new_also_where_it_is_frozen(tmp_path, frozen):
     """By the user, before: the next process draws others."""
