@@ -17,6 +17,7 @@ from .replaced import with_module
 
 __all__ = [
     "ModelInfo",
+    "check_labels",
     "describe",
     "fits",
     "has_adapter",
@@ -94,12 +95,19 @@ class ModelInfo:
             )
 
     def check_added(self, mask: Tensor | None, may_wait: bool) -> None:
-        """ValueError for a mask as attention adds it to its scores, in which 0 is a token."""
-        if mask is None or not mask.is_floating_point() or torch.compiler.is_compiling():
+        """ValueError for a mask as attention adds it to its scores, in which 0 is a token, and for what is no mask."""
+        if not isinstance(mask, Tensor) or torch.compiler.is_compiling() or not (may_wait or mask.is_cpu):
             return
-        if (may_wait or mask.is_cpu) and bool((mask < 0).any()):
+        if mask.dtype is torch.bool or not mask.numel():
+            return
+        least, most = mask.aminmax()
+        if least < 0:
             raise ValueError(
                 "attention_mask has numbers below 0, as one that is added to scores: give 1 for tokens, 0 for padding"
+            )
+        if most > 1:
+            raise ValueError(
+                f"attention_mask has the number {most.item():g}: give 1 for tokens, 0 for padding; ids come first"
             )
 
     def check_per_token(self) -> None:
@@ -182,6 +190,12 @@ class ModelInfo:
         return rows.take_along_dim(columns.view(*mask.shape, *[1] * (rows.dim() - 2)), 1)
 
 
+def check_labels(labels: Any) -> None:
+    """TypeError for labels that are given and are no tensor."""
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor of numbers, not {type(labels).__name__}: torch.tensor([...])")
+
+
 def fits(batch: Batch) -> bool:
     """Whether all that is given has the shape of `input_ids`; where it has not, the op says what."""
     return all(one is None or getattr(one, "shape", None) == batch.input_ids.shape for one in batch)
@@ -195,6 +209,8 @@ def describe(model: nn.Module) -> ModelInfo:
     """
     if hasattr(model, "peft_config") and getattr(model, "prompt_encoder", None):
         raise TypeError(f"this {type(model).__name__} prepends a prompt of PEFT's: give its .base_model")
+    if hasattr(getattr(model, "prompt", None), "prompt_embeddings"):
+        raise TypeError(f"this {type(model).__name__} prepends a prompt already: give its .model")
     around, model = model, unwrapped(model)
     _refuse(model)
     takes, config = _handed_on(around), model.config

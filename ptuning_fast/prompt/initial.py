@@ -43,7 +43,10 @@ def initial_prompt(init: str | Tensor, length: int, embedding: Any, tokenizer: A
 
         if isinstance(tokenizer, (str, Path)):
             if not str(tokenizer):
-                raise ValueError("a text as init needs the model's tokenizer, and the model does not name it: give one")
+                raise ValueError(
+                    f"init={init!r} is neither 'normal' nor 'vocab', and a text needs the model's tokenizer, which the "
+                    "model does not name: give tokenizer=..."
+                )
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         ids = torch.tensor(tokenizer(init, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     if len(ids) == 0:

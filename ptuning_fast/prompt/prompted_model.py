@@ -14,7 +14,7 @@ from ..files import hub, peft
 from ..loss.kinds import gives_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
-from ..models.info import has_adapter
+from ..models.info import check_labels, has_adapter
 from ..modes.flattened import FLATTENED
 from .generate import count_new_tokens
 from .soft_prompt import LaidOut, SoftPrompt
@@ -148,6 +148,7 @@ class PromptedModel(nn.Module):
         """
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
         self._check(input_ids, kwargs)
+        check_labels(labels)
         if labels is not None and labels.shape == input_ids.shape and self.prompt.has_causal_loss:
             labels = labels.clone()
             labels[:, :1] = -100

@@ -13,6 +13,7 @@ from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_
 from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
 from ..models.embedding import are_several, device_of, is_sharded
+from ..models.info import check_labels
 from ..modes import MODES, Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
@@ -170,6 +171,7 @@ class SoftPrompt(Saving):
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
         info = self.info
+        check_labels(labels)
         if not flattened:
             info.check_room(self.length, input_ids)
         if info.per_token and not info.labels_are_rows and labels is not None and labels.shape != input_ids.shape:

@@ -146,6 +146,8 @@ class Saving(nn.Module):
             ValueError: another model's tokenizer, or one whose ids have a gap; names that are taken; a folder that
                 holds an adapter, or a model that no merge has written.
         """
+        if isinstance(tokenizer, (str, Path)) or not isinstance(folder, (str, Path)):
+            raise TypeError(f"the folder comes first, and then the tokenizer itself; {tokenizer!r} is given as that")
         return merged.save(folder, self.model, tokenizer, self.final_prompt(), names, post_processor)
 
     def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:

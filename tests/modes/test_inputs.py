@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 import zoo
 
-from ptuning_fast import FastPTuning, SoftPrompt
+from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 
 SMALL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
 
@@ -286,7 +286,31 @@ def test_masks_that_are_added_are_refused(mode):
     for call in (partial(SoftPrompt(zoo.build("Llama"), 3), mode=mode), FastPTuning(zoo.build("BERT"), 3)):
         with pytest.raises(ValueError, match="attention_mask has numbers below 0, as one that is added to scores"):
             call(ids, added)
-        call(ids, mask.float())
+        with pytest.raises(ValueError, match=rf"attention_mask has the number {ids.max()}: .*; ids come first"):
+            call(mask, ids)
+        for kind in (torch.float32, torch.bool, torch.uint8):
+            call(ids, mask.to(kind))
+
+
+@pytest.mark.parametrize("kind", [SoftPrompt, PromptedModel])
+def test_a_prompt_before_a_prompt_of_ours(kind):
+    model = zoo.build("Llama")
+    prompted = PromptedModel(model, 3)
+    with pytest.raises(TypeError, match=r"this PromptedModel prepends a prompt already: give its \.model"):
+        kind(prompted, 2)
+    assert prompted.prompt.prompt_embeddings.requires_grad
+
+
+def test_labels_that_are_no_tensor():
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    models = zoo.build("Llama"), zoo.build("BERT", "BertForSequenceClassification")
+    for call in (
+        *(kind(one, 3) for one in models for kind in (SoftPrompt, PromptedModel)),
+        FastPTuning(zoo.build("BERT"), 3),
+    ):
+        for labels in ([0, 1, 0, 1], ["good"] * 4):
+            with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor of numbers, not list"):
+                call(ids, mask, labels=labels)
 
 
 def test_lengths_that_are_no_number():

@@ -379,6 +379,13 @@ def test_refusals(tmp_path):
         prompt_for(build()).save_pretrained_merged(tmp_path / "refused", AutoTokenizer.from_pretrained(tmp_path))
 
 
+def test_folder_and_tokenizer_the_other_way_round(tmp_path):
+    prompt, tokenizer = prompt_for(zoo.build("Llama", vocab_size=V)), characters()
+    for given in ((tokenizer, tmp_path), (tmp_path, "a name")):
+        with pytest.raises(TypeError, match="the folder comes first, and then the tokenizer itself"):
+            prompt.save_pretrained_merged(*given)
+
+
 def test_ids_with_a_gap(tmp_path):
     """`tokenizers` hands out the number of tokens as the next id, which is a token's."""
     vocabulary = {"<pad>": 0, "<s>": 1, "a": 5, "b": 6, "c": 7}
