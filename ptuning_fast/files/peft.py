@@ -28,8 +28,8 @@ __all__ = [
     "load",
     "modules_of",
     "new_parts",
-    "new_pooler",
     "peft_config",
+    "perhaps_read",
     "remove_bank",
     "save",
     "task_of",
@@ -91,13 +91,16 @@ def head_of(model: Any) -> dict[str, Tensor]:
     model = unwrapped(model)
     if not _has_head(model):
         return {}
-    inner = [model.base_model_prefix]
-    if model.base_model is model:  # T5ForQuestionAnswering has encoder and decoder in it
-        inner = [
-            name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
-        ]
-    new = new_parts(model)
+    new, inner = new_parts(model), _inner(model)
     return {name: one for name, one in model.state_dict().items() if name in new or name.partition(".")[0] not in inner}
+
+
+def _inner(model: Any) -> list[str]:
+    """The names of what the base model is in."""
+    if model.base_model is not model:
+        return [model.base_model_prefix]
+    # T5ForQuestionAnswering has encoder and decoder in it.
+    return [name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)]
 
 
 def new_parts(model: Any) -> frozenset[str]:
@@ -112,12 +115,19 @@ def new_parts(model: Any) -> frozenset[str]:
     return frozenset(name for name in outside if not _in_an_adapter(model, name))
 
 
-def new_pooler(model: Any) -> frozenset[str]:
-    """Names of the parameters of a pooler, of an encoder without a head, that the checkpoint had not.
+def perhaps_read(model: Any) -> frozenset[str]:
+    """Names of parameters that go with no prompt, and into the checkpoints of a whole module, frozen as they may be.
 
-    Few read it, so it goes with no prompt; but a module of somebody's own, whose head does, has it in its checkpoints.
+    They are the pooler of an encoder without a head, where the checkpoint had none, which few read; and the head of a
+    copy, of which nobody knows whether it is new, where an adapter of PEFT's does not keep it.
     """
-    return frozenset(name for name in _drawn(model) if model.base_model is model and name.startswith("pooler."))
+    if not _has_head(model):
+        return frozenset(name for name in _drawn(model) if model.base_model is model and name.startswith("pooler."))
+    if _marked(model) or not getattr(model.config, "_name_or_path", ""):
+        return frozenset()
+    inner = _inner(model)
+    outside = [name for name, _ in model.named_parameters() if name.partition(".")[0] not in inner]
+    return frozenset(name for name in outside if not _in_an_adapter(model, name))
 
 
 def _has_head(model: Any) -> bool:
@@ -137,14 +147,17 @@ def _drawn(model: Any) -> set[str]:
 
     A copy (`copy.deepcopy`) is without transformers' marks; there it is what has a bias of zeros, as it is drawn.
     """
-    parameters = dict(model.named_parameters())
-    unmarked = {name for name, one in parameters.items() if not getattr(one, _LOADED, False)}
-    if unmarked != parameters.keys():
-        return unmarked
+    parameters, marked = dict(model.named_parameters()), _marked(model)
+    if marked:
+        return parameters.keys() - marked
     if not getattr(model.config, "_name_or_path", ""):
         return set()
     drawn = [name.removesuffix("bias") for name, one in parameters.items() if name.endswith("bias") and _is_zero(one)]
-    return {f"{name}{last}" for name in drawn for last in ("weight", "bias")} & unmarked
+    return {f"{name}{last}" for name in drawn for last in ("weight", "bias")} & parameters.keys()
+
+
+def _marked(model: Any) -> set[str]:
+    return {name for name, one in model.named_parameters() if getattr(one, _LOADED, False)}
 
 
 def _is_zero(parameter: Tensor) -> bool:

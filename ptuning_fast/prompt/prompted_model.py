@@ -117,7 +117,7 @@ class PromptedModel(nn.Module):
         self.mode = mode
         self._signature = _signature(type(self).forward, unwrapped(model))
         inner = unwrapped(model)
-        new = {inner.get_parameter(name) for name in {*self.prompt._new, *peft.new_pooler(inner)}}
+        new = {inner.get_parameter(name) for name in {*self.prompt._new, *peft.perhaps_read(inner)}}
         trained_only(self, also={name for name, one in self.named_parameters() if one in new})
 
     @_OfTheModel
@@ -222,8 +222,8 @@ class PromptedModel(nn.Module):
                 "you train, or train with transformers' Trainer"
             )
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
-        self._check(input_ids, kwargs)
         types, index = kwargs.pop("token_type_ids", None), kwargs.pop("prompt_index", None)
+        self._check(input_ids, kwargs)
         laid_out = self.prompt.laid_out(input_ids, attention_mask, types, None, index, self.mode, **flattened)
         return self._called(inner.base_model, laid_out, bool(flattened), kwargs)
 

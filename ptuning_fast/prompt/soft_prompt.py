@@ -144,7 +144,9 @@ class SoftPrompt(Saving):
 
         Returns:
             `inputs_embeds` [B, m + n, d], `attention_mask`, and what else was given or is needed. Outputs of the model
-            have the prompt's columns too: `logits[:, m:]` are those of the tokens, column by column.
+            have the prompt's columns too: `logits[:, m:]` are those of the tokens, column by column. (Not of a
+            classifier of whole texts, which reads one end of a row: texts that are padded there are turned round, and
+            the hidden states of tokens are where the `attention_mask` that is returned says.)
 
         Raises:
             ValueError: more columns than the model has positions; padding that it cannot be told of.

@@ -177,6 +177,7 @@ def test_what_goes_with_a_prompt_is_no_other(tmp_path):
     SoftPrompt(models[0], zoo.M).save_pretrained(tmp_path / "classifier")
     assert not warned(lambda: SoftPrompt.from_pretrained(models[1], tmp_path / "classifier"))
     copied = copy.deepcopy(models[0])  # without transformers' marks of what is new
+    copied.config._name_or_path = ""  # nor a name that it was loaded by
     SoftPrompt(copied, zoo.M).save_pretrained(tmp_path / "copied")
     assert warned(lambda: SoftPrompt.from_pretrained(models[2], tmp_path / "copied"))
     encoders = [transformers.AutoModel.from_pretrained(tmp_path / "model") for _ in range(2)]

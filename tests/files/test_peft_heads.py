@@ -176,6 +176,28 @@ def test_a_new_pooler_that_a_head_of_somebodys_own_reads(tmp_path):
     assert not [name for name in adapter.load(tmp_path / "prompt")[0] if "pooler" in name]
 
 
+@pytest.mark.parametrize("how", ["frozen", "lora", "lora with the head"])
+def test_a_checkpoint_has_the_head_of_a_copy(tmp_path, how):
+    """A decoder's has no bias, so nobody knows whether it is new; where PEFT keeps it, it is trained."""
+    zoo.build("Llama").save_pretrained(tmp_path / "model")
+
+    def load(seed):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "model")
+        model = copy.deepcopy(model).requires_grad_(False)
+        if how != "frozen":
+            task = "SEQ_CLS" if how == "lora with the head" else None
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type=task, target_modules=["q_proj"]))
+        return PromptedModel(model, zoo.M).eval()
+
+    trained, again = load(1), load(2)
+    again.load_state_dict(trained.state_dict())
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    assert torch.equal(again(ids, mask).logits, trained(ids, mask).logits)
+    if how != "lora with the head":
+        assert not any("score" in name for name, one in trained.named_parameters() if one.requires_grad)
+
+
 @pytest.mark.parametrize("frozen", ["", "bert"])
 def test_a_checkpoint_has_what_is_new_also_where_it_is_frozen(tmp_path, frozen):
     """By the user, before: the next process draws others."""

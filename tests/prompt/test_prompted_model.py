@@ -49,6 +49,16 @@ def test_it_is_called_as_the_model_is(name, mode, side):
     assert same(in_training.loss, out.loss * count / 7)
 
 
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+def test_token_types_without_the_head(mode):
+    prompted = PromptedModel(zoo.build("BERT"), zoo.M, mode=mode).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    types = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    rows, expected = (one(**inputs).last_hidden_state[mask != 0] for one in (prompted.base_model, prompted))
+    assert same(rows, expected) and not same(rows, prompted(ids, mask).last_hidden_state[mask != 0])
+
+
 def _hidden(model, prompt, ids, mask):
     inputs = prompt(ids, mask)
     return model.base_model(**inputs).last_hidden_state[:, prompt.length :][mask != 0]
