@@ -314,7 +314,7 @@ def test_init(minilm):
     assert not all((table == row).all(1).any() for row in SoftPrompt(model, 7, init="normal").prompt_embeddings)
     value = torch.randn(7, 384)
     assert torch.equal(SoftPrompt(model, 7, init=value).prompt_embeddings, value)
-    with pytest.raises(ValueError, match="does not name it"):
+    with pytest.raises(ValueError, match=r"is neither .normal. nor .vocab., and a text needs .* give tokenizer="):
         SoftPrompt(zoo.build("Llama"), 3, init="a text")
 
 
