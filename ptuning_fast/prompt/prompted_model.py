@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..files import hub, peft
+from ..files import hub
 from ..loss.kinds import gives_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
 from ..models.info import check_labels, has_adapter
 from ..modes.flattened import FLATTENED
+from ..serving import heads
 from .generate import count_new_tokens
 from .soft_prompt import LaidOut, SoftPrompt
 from .trained_only import marks_of_adapters, trained_only
@@ -97,7 +98,7 @@ class PromptedModel(nn.Module):
             raise ValueError("prompt is for another model: give the one that it was made with")
         frozen = all(not parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
         if not (frozen or has_adapter(model)):
-            head = peft.head_of(model)
+            head = heads.head_of(model)
             unknown = None if head else _perhaps_a_head(unwrapped(model))
             if unknown is not None:
                 warnings.warn(
@@ -117,7 +118,7 @@ class PromptedModel(nn.Module):
         self.mode = mode
         self._signature = _signature(type(self).forward, unwrapped(model))
         inner = unwrapped(model)
-        new = {inner.get_parameter(name) for name in {*self.prompt._new, *peft.perhaps_read(inner)}}
+        new = {inner.get_parameter(name) for name in {*self.prompt._new, *heads.perhaps_read(inner)}}
         trained_only(self, also={name for name, one in self.named_parameters() if one in new})
 
     @_OfTheModel
@@ -316,7 +317,7 @@ class PromptedModel(nn.Module):
         if not kwargs.get("is_main_process", True):
             self.prompt._kept()  # where it is sharded, all processes gather it
             return
-        head = {*peft.head_of(self.model), *self.prompt._new, *self.prompt._came_with}
+        head = {*heads.head_of(self.model), *self.prompt._new, *self.prompt._came_with}
         trained = getattr(self.model, "_orig_mod", self.model).named_parameters()
         rest = [name for name, one in trained if one.requires_grad and name not in head]
         marks = marks_of_adapters(self.model)

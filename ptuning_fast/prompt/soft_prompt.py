@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..files.peft import new_parts
 from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_ignored
 from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
@@ -17,6 +16,7 @@ from ..models.info import check_labels
 from ..modes import MODES, Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
+from ..serving.heads import new_parts
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
 from .generate import (

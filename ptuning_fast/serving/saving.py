@@ -12,7 +12,7 @@ from ..files import adapter, card, hub, peft
 from ..files.base_model import check_base, load_head, lost_adapter, settings_of
 from ..files.weights import warn_of_weights, without_adapter
 from ..models import unwrapped
-from . import merged
+from . import heads, merged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,10 +63,10 @@ class Saving(nn.Module):
     def _kept(self) -> tuple[peft.Saved, Tensor, bool]:
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
         rows = self.final_prompt()
-        parameters, head = self.state_dict(), peft.head_of(self.model)
+        parameters, head = self.state_dict(), heads.head_of(self.model)
         of_model = unwrapped(self.model).state_dict()
         head |= {name: one for name, one in of_model.items() if name in self._new}  # in one order in all processes
-        modules = peft.modules_of(self.model, head) | self._came_as
+        modules = heads.modules_of(self.model, head) | self._came_as
         head |= {name: one for name, one in of_model.items() if name in self._came_with}
         for name in head:
             if not without_adapter(unwrapped(self.model), name):

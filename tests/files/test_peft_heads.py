@@ -12,7 +12,8 @@ import zoo
 
 from ptuning_fast import PromptedModel, SoftPrompt
 from ptuning_fast.files import adapter
-from ptuning_fast.files import peft as peft_files
+from ptuning_fast.models import unwrapped
+from ptuning_fast.serving import heads
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 
@@ -132,7 +133,7 @@ def test_a_new_pooler_behind_a_lora(tmp_path, name, before, class_name, layer):
         trained.save_pretrained(tmp_path / "prompt")
     lora.save_pretrained(tmp_path / "lora")
     head = trained.prompt._kept()[0].head
-    in_order = [name for name in peft_files.unwrapped(lora).state_dict() if name in head]
+    in_order = [name for name in unwrapped(lora).state_dict() if name in head]
     assert list(head) == in_order, "in which processes gather what FSDP2 has sharded, each with a hash of its own"
     again = PromptedModel.from_pretrained(
         peft.PeftModel.from_pretrained(load(2), tmp_path / "lora"), tmp_path / "prompt"
@@ -349,7 +350,7 @@ def test_modules_that_peft_would_take_others_for():
     model = torch.nn.ModuleDict({"vision": torch.nn.ModuleDict({"head": part}), "head": part, "pre_score": part})
     model["score"], model.base_model_prefix = part, "vision"
     head = dict.fromkeys(("head.weight", "score.weight", "pre_score.weight"), part.weight)
-    assert peft_files.modules_of(model, head) == {"score", "pre_score"}
+    assert heads.modules_of(model, head) == {"score", "pre_score"}
 
 
 @pytest.mark.parametrize("modules", ["score", [1], {"score": 1}])
