@@ -14,7 +14,7 @@ from ..files import classifier as classifier_files
 from ..files.base_model import lost_adapter, same_name, settings_of, warn_of_adapter, warn_of_rounding
 from ..files.weights import warn_of_weights
 from ..models import describe, prepend
-from ..models.info import ModelInfo, check_labels, fits
+from ..models.info import ModelInfo, check_tensors, fits
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
 from ..modes.base import places_in_rows
@@ -194,7 +194,7 @@ class FastPTuning(nn.Module):
             Logits [B, num_labels], or with `labels` a `SequenceClassifierOutput` of `loss` and `logits`.
         """
         self._info.check_room(self.prompt_length, input_ids)
-        check_labels(labels)
+        check_tensors(labels=labels)
         self._info.check_added(attention_mask, self._served.packed)
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)

@@ -129,7 +129,7 @@ def write_merged(folder: Path, model: Any, strings: dict[str, str], length: int,
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{folder_of_one})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{folder_of_one})  # by another class: no prompt
 output = model(**tokenizer("a text", return_tensors="pt"))
 """
     facts = {"virtual tokens": length, "prompts": ", ".join(strings), "made with": f"ptuning-fast {__version__}"}

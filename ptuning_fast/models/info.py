@@ -17,7 +17,7 @@ from .replaced import with_module
 
 __all__ = [
     "ModelInfo",
-    "check_labels",
+    "check_tensors",
     "describe",
     "fits",
     "has_adapter",
@@ -107,7 +107,7 @@ class ModelInfo:
             )
         if most > 1:
             raise ValueError(
-                f"attention_mask has the number {most.item():g}: give 1 for tokens, 0 for padding; ids come first"
+                f"attention_mask has the number {most.item()}: give 1 for tokens, 0 for padding; ids come first"
             )
 
     def check_per_token(self) -> None:
@@ -190,10 +190,11 @@ class ModelInfo:
         return rows.take_along_dim(columns.view(*mask.shape, *[1] * (rows.dim() - 2)), 1)
 
 
-def check_labels(labels: Any) -> None:
-    """TypeError for labels that are given and are no tensor."""
-    if labels is not None and not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor of numbers, not {type(labels).__name__}: torch.tensor([...])")
+def check_tensors(**given: Any) -> None:
+    """TypeError for what is given and is no tensor."""
+    for name, one in given.items():
+        if one is not None and not isinstance(one, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor of numbers, not {type(one).__name__}: torch.tensor(...)")
 
 
 def fits(batch: Batch) -> bool:
@@ -209,7 +210,7 @@ def describe(model: nn.Module) -> ModelInfo:
     """
     if hasattr(model, "peft_config") and getattr(model, "prompt_encoder", None):
         raise TypeError(f"this {type(model).__name__} prepends a prompt of PEFT's: give its .base_model")
-    if hasattr(getattr(model, "prompt", None), "prompt_embeddings"):
+    if getattr(model, "_prepends", False):
         raise TypeError(f"this {type(model).__name__} prepends a prompt already: give its .model")
     around, model = model, unwrapped(model)
     _refuse(model)

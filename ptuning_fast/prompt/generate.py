@@ -29,7 +29,7 @@ from ..op import Batch, Layout, Prompt
 
 __all__ = [
     "CachedPrompt",
-    "check_chunks",
+    "check_for_ids",
     "copies_of_rows",
     "count_new_tokens",
     "generate_behind",
@@ -123,11 +123,17 @@ def _settings(model: Any, options: dict[str, Any]) -> Any:
     return settings
 
 
-def check_chunks(model: Any, options: dict[str, Any]) -> None:
-    """ValueError for a prefill in chunks, which transformers cuts out of ids alone."""
-    size = _settings(model, options).prefill_chunk_size
-    if size:
-        raise ValueError(f"prefill_chunk_size={size} is for ids, and a prompt is given as embeddings: leave it out")
+def check_for_ids(model: Any, options: dict[str, Any], attention_mask: Tensor | None) -> None:
+    """ValueError for what transformers does right with ids alone: chunks, assistants, drafts where texts are padded."""
+    settings, assistant = _settings(model, options), options.get("assistant_model")
+    padded = attention_mask is not None and bool((attention_mask == 0).any())
+    for name, value, way_out in (
+        ("prefill_chunk_size", settings.prefill_chunk_size, "leave it out"),
+        ("assistant_model", assistant and type(assistant).__name__, "leave it out"),
+        ("prompt_lookup_num_tokens", padded and settings.prompt_lookup_num_tokens, "leave out the padding's columns"),
+    ):
+        if value:
+            raise ValueError(f"{name}={value} is for ids, and a prompt is given as embeddings: {way_out}")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from ..files import hub
 from ..loss.kinds import gives_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
-from ..models.info import check_labels, has_adapter
+from ..models.info import check_tensors, has_adapter
 from ..modes.flattened import FLATTENED
 from ..serving import heads
 from .generate import count_new_tokens
@@ -88,6 +88,7 @@ class PromptedModel(nn.Module):
 
     # Trainer does not train quantised models but with an adapter on them: the prompt is one.
     _hf_peft_config_loaded = True
+    _prepends = True  # so nothing else is to be put before it
 
     def __init__(
         self, model: Any, length: int = 20, *, mode: str = "auto", prompt: SoftPrompt | None = None, **options: Any
@@ -118,8 +119,13 @@ class PromptedModel(nn.Module):
         self.mode = mode
         self._signature = _signature(type(self).forward, unwrapped(model))
         inner = unwrapped(model)
-        new = {inner.get_parameter(name) for name in {*self.prompt._new, *heads.perhaps_read(inner)}}
-        trained_only(self, also={name for name, one in self.named_parameters() if one in new})
+        new = {inner.get_parameter(name) for name in self.prompt._new | heads.new_pooler(inner)}
+        copied = {inner.get_parameter(name) for name in heads.head_of_a_copy(inner)} - new
+        trained_only(
+            self,
+            also={name for name, one in self.named_parameters() if one in new},
+            perhaps={name for name, one in self.named_parameters() if one in copied},
+        )
 
     @_OfTheModel
     def forward(
@@ -149,7 +155,7 @@ class PromptedModel(nn.Module):
         """
         flattened = {name: kwargs.pop(name) for name in FLATTENED if kwargs.get(name) is not None}
         self._check(input_ids, kwargs)
-        check_labels(labels)
+        check_tensors(attention_mask=attention_mask, labels=labels)
         if labels is not None and labels.shape == input_ids.shape and self.prompt.has_causal_loss:
             labels = labels.clone()
             labels[:, :1] = -100

@@ -12,7 +12,7 @@ from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_
 from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
 from ..models.embedding import are_several, device_of, is_sharded
-from ..models.info import check_labels
+from ..models.info import check_tensors
 from ..modes import MODES, Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
@@ -21,7 +21,7 @@ from ..serving.saving import Saving
 from .encoder import PromptEncoder
 from .generate import (
     CachedPrompt,
-    check_chunks,
+    check_for_ids,
     copies_of_rows,
     generate_behind,
     mask_of,
@@ -173,7 +173,7 @@ class SoftPrompt(Saving):
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
         info = self.info
-        check_labels(labels)
+        check_tensors(attention_mask=attention_mask, labels=labels)
         if not flattened:
             info.check_room(self.length, input_ids)
         if info.per_token and not info.labels_are_rows and labels is not None and labels.shape != input_ids.shape:
@@ -298,8 +298,8 @@ class SoftPrompt(Saving):
     ) -> Any:
         """What `model.generate(**self(input_ids, attention_mask), **options)` returns: new tokens only.
 
-        But that penalties and whatever else reads the tokens so far see those of the text, too (not where an assistant
-        drafts).
+        But that penalties and whatever else reads the tokens so far see those of the text, too (not with
+        `prompt_lookup_num_tokens`).
 
         A causal model's keys and values of the prompt are computed once for the batch, not in every row. Where that
         would not be the same (padding on the left with sliding windows, or with `return_dict_in_generate`, from whose
@@ -316,12 +316,14 @@ class SoftPrompt(Saving):
 
         Raises:
             TypeError: a model that generates nothing.
-            ValueError: what `forward` raises; `prefill_chunk_size`, which `model.generate` takes for ids alone.
+            ValueError: what `forward` raises; what `model.generate` does right with ids alone: `prefill_chunk_size`,
+                `assistant_model`, and `prompt_lookup_num_tokens` where the text is padded.
         """
+        check_tensors(attention_mask=attention_mask)
         if not self.info.has_decoder:
-            check_chunks(self.model, options)
-        if attention_mask is None and torch.is_tensor(input_ids) and not self.info.has_decoder:
-            attention_mask = mask_of(self.model, input_ids, options)
+            if attention_mask is None and torch.is_tensor(input_ids):
+                attention_mask = mask_of(self.model, input_ids, options)
+            check_for_ids(self.model, options, attention_mask)
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
         if not self.info.has_decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):
             warnings.warn(

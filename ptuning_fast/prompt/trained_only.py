@@ -10,7 +10,7 @@ __all__ = ["marks_of_adapters", "trained_only"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def trained_only(module: Module, also: Iterable[str] = ()) -> Module:
+def trained_only(module: Module, also: Iterable[str] = (), perhaps: Iterable[str] = ()) -> Module:
     """From now on `module.state_dict()` has what is trained, now or then, and `load_state_dict` misses nothing else.
 
     For training loops that save `state_dict()` themselves, such as `transformers.Trainer` around a module that is no
@@ -20,6 +20,7 @@ def trained_only(module: Module, also: Iterable[str] = ()) -> Module:
 
     Args:
         also: names of further parameters to keep, frozen or not.
+        perhaps: and of those that `load_state_dict` takes where they are, and does not miss.
 
     Returns:
         `module` itself.
@@ -27,8 +28,9 @@ def trained_only(module: Module, also: Iterable[str] = ()) -> Module:
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad} | {*also}
     if "_kept" in module.__dict__:
         module.__dict__["_kept"] |= trained
+        module.__dict__["_perhaps"] |= {*perhaps}
         return module
-    module.__dict__["_kept"] = trained
+    module.__dict__["_kept"], module.__dict__["_perhaps"] = trained, {*perhaps}
     module.register_state_dict_post_hook(_keep_trained)
     module.register_load_state_dict_pre_hook(_note_prefix)
     module.register_load_state_dict_post_hook(_miss_trained)
@@ -50,7 +52,7 @@ def _trained(module: nn.Module) -> set[str]:
 
 
 def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
-    trained = _trained(module)
+    trained = _trained(module) | module.__dict__["_perhaps"]
     for name in [name for name in state_dict if name.startswith(prefix) and name[len(prefix) :] not in trained]:
         del state_dict[name]
 

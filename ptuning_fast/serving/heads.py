@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..files.peft import HEADS, task_of
 from ..models.info import is_a, unwrapped
 
-__all__ = ["head_of", "modules_of", "new_parts", "perhaps_read"]
+__all__ = ["head_of", "head_of_a_copy", "modules_of", "new_parts", "new_pooler"]
 
 
 def head_of(model: Any) -> dict[str, Tensor]:
@@ -47,15 +47,23 @@ def new_parts(model: Any) -> frozenset[str]:
     return frozenset(name for name in outside if not _in_an_adapter(model, name))
 
 
-def perhaps_read(model: Any) -> frozenset[str]:
-    """Names of parameters that go with no prompt, and into the checkpoints of a whole module, frozen as they may be.
+def new_pooler(model: Any) -> frozenset[str]:
+    """Names of the parameters of a pooler, of an encoder without a head, that the checkpoint had not.
 
-    They are the pooler of an encoder without a head, where the checkpoint had none, which few read; and the head of a
-    copy, of which nobody knows whether it is new, where an adapter of PEFT's does not keep it.
+    Few read it, so it goes with no prompt; but a module of somebody's own, whose head does, has it in its checkpoints.
     """
-    if not _has_head(model):
-        return frozenset(name for name in _drawn(model) if model.base_model is model and name.startswith("pooler."))
-    if _marked(model) or not getattr(model.config, "_name_or_path", ""):
+    if _has_head(model):
+        return frozenset()
+    return frozenset(name for name in _drawn(model) if model.base_model is model and name.startswith("pooler."))
+
+
+def head_of_a_copy(model: Any) -> frozenset[str]:
+    """Names of the parameters of a copied classifier's head, of which nobody knows whether it is new.
+
+    But for those that PEFT keeps with an adapter. They go into a whole module's checkpoints, to be on the safe side;
+    one without them, from around the model itself, is whole all the same.
+    """
+    if not _has_head(model) or _marked(model) or not getattr(model.config, "_name_or_path", ""):
         return frozenset()
     inner = _inner(model)
     outside = [name for name, _ in model.named_parameters() if name.partition(".")[0] not in inner]

@@ -1,6 +1,7 @@
 """What a trained prompt is written as: an adapter, on the hub too, an ordinary checkpoint, rows for a runtime."""
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ class Saving(nn.Module):
             ValueError: another model's tokenizer, or one whose ids have a gap; names that are taken; a folder that
                 holds an adapter, or a model that no merge has written.
         """
-        if isinstance(tokenizer, (str, Path)) or not isinstance(folder, (str, Path)):
+        if isinstance(tokenizer, (str, os.PathLike)) or not isinstance(folder, (str, os.PathLike)):
             raise TypeError(f"the folder comes first, and then the tokenizer itself; {tokenizer!r} is given as that")
         return merged.save(folder, self.model, tokenizer, self.final_prompt(), names, post_processor)
 

@@ -107,6 +107,26 @@ def test_the_head_of_a_model_that_is_copied_or_compiled(tmp_path, before, module
         assert torch.equal(again(ids, mask).logits, prompted(ids, mask).logits)
 
 
+def test_a_frozen_classifier_and_its_copy_take_each_others_checkpoints(tmp_path):
+    """Whether a copy's head is new nobody can tell, so it is written; the model's own is known not to be."""
+    zoo.build("BERT", "BertForSequenceClassification").save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path).requires_grad_(False).eval()
+    with torch.no_grad():
+        for one in (model.classifier, model.bert.pooler.dense):
+            one.bias.fill_(0.5)  # in a copy, zeros are taken for new
+    prompted, copied = PromptedModel(model, zoo.M), PromptedModel(copy.deepcopy(model), zoo.M)
+    assert copied.state_dict().keys() - prompted.state_dict() == {"model.classifier.weight", "model.classifier.bias"}
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    expected, other = prompted(ids, mask).logits, copied(ids, mask).logits
+    checkpoints = copy.deepcopy(prompted.state_dict()), copy.deepcopy(copied.state_dict())
+    assert not torch.equal(expected, other)
+    copied.load_state_dict(checkpoints[0])
+    prompted.load_state_dict(checkpoints[1])
+    assert torch.equal(copied(ids, mask).logits, expected) and torch.equal(prompted(ids, mask).logits, other)
+    with pytest.raises(RuntimeError, match="prompt_embeddings"):
+        copied.load_state_dict({})
+
+
 @pytest.mark.parametrize(
     ("name", "before", "class_name", "layer"),
     [

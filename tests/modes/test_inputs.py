@@ -299,9 +299,11 @@ def test_a_prompt_before_a_prompt_of_ours(kind):
     with pytest.raises(TypeError, match=r"this PromptedModel prepends a prompt already: give its \.model"):
         kind(prompted, 2)
     assert prompted.prompt.prompt_embeddings.requires_grad
+    model.prompt = prompted.prompt  # which is none before `model`
+    assert kind(model, 2)(*zoo.padded(zoo.texts(), "right"))
 
 
-def test_labels_that_are_no_tensor():
+def test_masks_and_labels_that_are_no_tensors():
     ids, mask = zoo.padded(zoo.texts(), "right")
     models = zoo.build("Llama"), zoo.build("BERT", "BertForSequenceClassification")
     for call in (
@@ -311,6 +313,9 @@ def test_labels_that_are_no_tensor():
         for labels in ([0, 1, 0, 1], ["good"] * 4):
             with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor of numbers, not list"):
                 call(ids, mask, labels=labels)
+        for other in (mask.tolist(), mask.numpy()):
+            with pytest.raises(TypeError, match=r"attention_mask must be a torch\.Tensor"):
+                call(ids, other)
 
 
 def test_lengths_that_are_no_number():

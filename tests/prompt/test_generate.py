@@ -113,6 +113,20 @@ def test_assistants_are_as_without_ids(sample, torch_backend):
     assert not takes_ids(model, {"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=2)})
 
 
+def test_what_transformers_drafts_from_ids_alone_is_refused(torch_backend):
+    """With embeddings an assistant fails, and copies from a padded text are others."""
+    model = zoo.build("Llama")
+    padded, mask = torch.tensor([[0, 0, 5, 6, 7, 5, 6]]), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    options = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 6}
+    for one in (SoftPrompt(model, zoo.M), PromptedModel(model, zoo.M)):
+        with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens=2 .* leave out the padding's columns"):
+            one.generate(padded, mask, **options)
+        copied, alone = one.generate(padded[:, 2:], **options), one.generate(padded, mask, max_new_tokens=6)
+        assert torch.equal(copied[:, -6:], alone[:, -6:])
+        with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is for ids"):
+            one.generate(padded[:, 2:], assistant_model=model)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_prefill_in_chunks_is_refused(own, torch_backend):
     model = zoo.build("Llama")

@@ -385,6 +385,13 @@ def test_folder_and_tokenizer_the_other_way_round(tmp_path):
         with pytest.raises(TypeError, match="the folder comes first, and then the tokenizer itself"):
             prompt.save_pretrained_merged(*given)
 
+    class Folder:
+        def __fspath__(self):
+            return str(tmp_path / "merged")
+
+    assert prompt.save_pretrained_merged(Folder(), tokenizer).keys() == {"prompt"}
+    assert (tmp_path / "merged" / "merged.json").exists()
+
 
 def test_ids_with_a_gap(tmp_path):
     """`tokenizers` hands out the number of tokens as the next id, which is a token's."""
