@@ -20,7 +20,7 @@ def trained_only(module: Module, also: Iterable[str] = (), perhaps: Iterable[str
 
     Args:
         also: names of further parameters to keep, frozen or not.
-        perhaps: and of those that `load_state_dict` takes where they are, and does not miss.
+        perhaps: names of further parameters to write, which `load_state_dict` does not miss.
 
     Returns:
         `module` itself.
