@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.info import unwrapped
+from ..models.info import prompts_in, unwrapped
 
 __all__ = ["KEY", "numbers_of", "warn_of_weights", "without_adapter"]
 
@@ -28,7 +28,10 @@ def numbers_of(model: Any) -> dict[str, list[float]]:
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
     table = getattr(model.get_input_embeddings(), "weight", None)
     numbers: dict[str, list[float]] = {}
+    prompts = prompts_in(model)
     for full_name, one in model.named_parameters():
+        if full_name.startswith(prompts):
+            continue
         name = without_adapter(model, full_name).removeprefix(base)
         here = type(one.data) is Tensor and one.device.type != "meta" and one.numel()
         if not (name and here and one.is_floating_point() and one.itemsize > 1) or (not base and "pooler." in name):

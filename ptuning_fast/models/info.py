@@ -23,6 +23,7 @@ __all__ = [
     "has_adapter",
     "has_decoder",
     "is_a",
+    "prompts_in",
     "unwrapped",
     "uses_adapter",
 ]
@@ -281,6 +282,11 @@ def unwrapped(model: Any) -> Any:
     """The transformers model inside what torch.compile or PEFT (LoRA and the like) put around it."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def prompts_in(model: nn.Module) -> tuple[str, ...]:
+    """Where in `model` somebody has put a prompt of ours: what the names of its parameters begin with."""
+    return tuple(f"{name}." for name, one in model.named_modules() if hasattr(one, "prompt_embeddings"))
 
 
 def has_adapter(model: Any) -> bool:

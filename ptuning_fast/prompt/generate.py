@@ -130,6 +130,7 @@ def check_for_ids(model: Any, options: dict[str, Any], attention_mask: Tensor | 
     for name, value, way_out in (
         ("prefill_chunk_size", settings.prefill_chunk_size, "leave it out"),
         ("assistant_model", assistant and type(assistant).__name__, "leave it out"),
+        ("assistant_early_exit", settings.assistant_early_exit, "leave it out"),
         ("prompt_lookup_num_tokens", padded and settings.prompt_lookup_num_tokens, "leave out the padding's columns"),
     ):
         if value:

@@ -63,6 +63,10 @@ def _perhaps_a_head(model: Any) -> str | None:
     return next((name for name, one in model.named_parameters() if one.requires_grad and one not in known), None)
 
 
+def _is_in(prompt: SoftPrompt | None, parameter: Tensor) -> bool:
+    return prompt is not None and any(parameter is one for one in prompt.parameters())
+
+
 class PromptedModel(nn.Module):
     """A Hugging Face model behind a trainable prompt, called as the model is: for `transformers.Trainer`, TRL's
     `SFTTrainer`, Accelerate and `pipeline`.
@@ -108,6 +112,8 @@ class PromptedModel(nn.Module):
                     stacklevel=2,
                 )
             for name, parameter in unwrapped(model).named_parameters():
+                if _is_in(prompt, parameter):  # which somebody has put into the model
+                    continue
                 if name in head and not parameter.is_floating_point():
                     raise TypeError(
                         f"{name} of {class_of(unwrapped(model)).__name__} is quantised, and heads are trained: leave "
@@ -115,16 +121,17 @@ class PromptedModel(nn.Module):
                     )
                 parameter.requires_grad_(name in head)
         self.model = model
-        self.prompt = SoftPrompt(model, length, **options) if prompt is None else prompt
-        self.mode = mode
-        self._signature = _signature(type(self).forward, unwrapped(model))
+        ours: dict[str, Any] = {"prompt": SoftPrompt(model, length, **options) if prompt is None else prompt}
+        ours |= {"mode": mode, "_signature": _signature(type(self).forward, unwrapped(model))}
+        for name, value in ours.items():
+            super().__setattr__(name, value)  # whatever the model has by that name
         inner = unwrapped(model)
-        new = {inner.get_parameter(name) for name in self.prompt._new | heads.new_pooler(inner)}
-        copied = {inner.get_parameter(name) for name in heads.head_of_a_copy(inner)} - new
+        new = {inner.get_parameter(name) for name in self.prompt._new}
+        perhaps = {inner.get_parameter(name) for name in self.prompt._perhaps | heads.new_pooler(inner)}
         trained_only(
             self,
             also={name for name, one in self.named_parameters() if one in new},
-            perhaps={name for name, one in self.named_parameters() if one in copied},
+            perhaps={name for name, one in self.named_parameters() if one in perhaps},
         )
 
     @_OfTheModel
@@ -323,9 +330,10 @@ class PromptedModel(nn.Module):
         if not kwargs.get("is_main_process", True):
             self.prompt._kept()  # where it is sharded, all processes gather it
             return
-        head = {*heads.head_of(self.model), *self.prompt._new, *self.prompt._came_with}
-        trained = getattr(self.model, "_orig_mod", self.model).named_parameters()
-        rest = [name for name, one in trained if one.requires_grad and name not in head]
+        head = {*heads.head_of(self.model), *self.prompt._new, *self.prompt._perhaps, *self.prompt._came_with}
+        named = getattr(self.model, "_orig_mod", self.model).named_parameters()
+        trained = [name for name, one in named if one.requires_grad and not _is_in(self.prompt, one)]
+        rest = [name for name in trained if name not in head]
         marks = marks_of_adapters(self.model)
         others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]
         if marks and others:

@@ -16,7 +16,7 @@ from ..models.info import check_tensors
 from ..modes import MODES, Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
-from ..serving.heads import new_parts
+from ..serving.heads import new_parts, perhaps_new
 from ..serving.saving import Saving
 from .encoder import PromptEncoder
 from .generate import (
@@ -89,7 +89,7 @@ class SoftPrompt(Saving):
         self._cached: CachedPrompt | None = None  # for generate
         self.model_loss = ModelLoss(self.info)
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
-        self._new = new_parts(unwrapped(model))
+        self._new, self._perhaps = new_parts(unwrapped(model)), perhaps_new(unwrapped(model))
         self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
 

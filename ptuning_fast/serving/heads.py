@@ -1,14 +1,15 @@
 """Which parameters of a model go with its prompt: a classifier's head, and what its checkpoint had not."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..files.peft import HEADS, task_of
-from ..models.info import is_a, unwrapped
+from ..models.info import is_a, prompts_in, unwrapped
 
-__all__ = ["head_of", "head_of_a_copy", "modules_of", "new_parts", "new_pooler"]
+__all__ = ["head_of", "modules_of", "new_parts", "new_pooler", "perhaps_new"]
 
 
 def head_of(model: Any) -> dict[str, Tensor]:
@@ -23,16 +24,19 @@ def head_of(model: Any) -> dict[str, Tensor]:
     model = unwrapped(model)
     if not _has_head(model):
         return {}
-    new, inner = new_parts(model), _inner(model)
-    return {name: one for name, one in model.state_dict().items() if name in new or name.partition(".")[0] not in inner}
+    names = new_parts(model).union(_outside(model, model.state_dict()))
+    return {name: one for name, one in model.state_dict().items() if name in names}
 
 
-def _inner(model: Any) -> list[str]:
-    """The names of what the base model is in."""
-    if model.base_model is not model:
-        return [model.base_model_prefix]
-    # T5ForQuestionAnswering has encoder and decoder in it.
-    return [name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)]
+def _outside(model: Any, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are not of what the base model is in, nor of a prompt that somebody has put there."""
+    inner = [model.base_model_prefix]
+    if model.base_model is model:  # T5ForQuestionAnswering has encoder and decoder in it
+        inner = [
+            name for name, one in model.named_children() if hasattr(one, "config") or isinstance(one, nn.Embedding)
+        ]
+    prompts = prompts_in(model)
+    return [name for name in names if name.partition(".")[0] not in inner and not name.startswith(prompts)]
 
 
 def new_parts(model: Any) -> frozenset[str]:
@@ -40,11 +44,22 @@ def new_parts(model: Any) -> frozenset[str]:
 
     But for those that PEFT keeps with an adapter.
     """
-    if not _has_head(model):
+    if not (_has_head(model) and _marked(model)):
         return frozenset()
-    base = f"{model.base_model_prefix}."
-    outside = {name for name in _drawn(model) if not name.startswith(base) or name.startswith(f"{base}pooler.")}
-    return frozenset(name for name in outside if not _in_an_adapter(model, name))
+    new = [*_outside(model, _drawn(model)), *_of_pooler(model)]
+    return frozenset(name for name in new if not _in_an_adapter(model, name))
+
+
+def perhaps_new(model: Any) -> frozenset[str]:
+    """Names of the parameters of a copied classifier of which nobody knows whether the checkpoint had them.
+
+    A copy (`copy.deepcopy`) is without transformers' marks. They are its head, and a pooler with a bias of zeros, as it
+    is drawn (and as some checkpoints have it), but for those that PEFT keeps with an adapter.
+    """
+    if not _has_head(model) or _marked(model) or not getattr(model.config, "_name_or_path", ""):
+        return frozenset()
+    names = [*_outside(model, dict(model.named_parameters())), *_of_pooler(model)]
+    return frozenset(name for name in names if not _in_an_adapter(model, name))
 
 
 def new_pooler(model: Any) -> frozenset[str]:
@@ -52,22 +67,12 @@ def new_pooler(model: Any) -> frozenset[str]:
 
     Few read it, so it goes with no prompt; but a module of somebody's own, whose head does, has it in its checkpoints.
     """
-    if _has_head(model):
-        return frozenset()
-    return frozenset(name for name in _drawn(model) if model.base_model is model and name.startswith("pooler."))
+    return frozenset() if _has_head(model) else frozenset(_of_pooler(model))
 
 
-def head_of_a_copy(model: Any) -> frozenset[str]:
-    """Names of the parameters of a copied classifier's head, of which nobody knows whether it is new.
-
-    But for those that PEFT keeps with an adapter. They go into a whole module's checkpoints, to be on the safe side;
-    one without them, from around the model itself, is whole all the same.
-    """
-    if not _has_head(model) or _marked(model) or not getattr(model.config, "_name_or_path", ""):
-        return frozenset()
-    inner = _inner(model)
-    outside = [name for name, _ in model.named_parameters() if name.partition(".")[0] not in inner]
-    return frozenset(name for name in outside if not _in_an_adapter(model, name))
+def _of_pooler(model: Any) -> list[str]:
+    pooler = "pooler." if model.base_model is model else f"{model.base_model_prefix}.pooler."
+    return [name for name in _drawn(model) if name.startswith(pooler)]
 
 
 def _has_head(model: Any) -> bool:
@@ -85,7 +90,7 @@ def _in_an_adapter(model: nn.Module, name: str) -> bool:
 def _drawn(model: Any) -> set[str]:
     """The parameters that transformers has drawn, of a model that it has loaded: the checkpoint has none.
 
-    A copy (`copy.deepcopy`) is without transformers' marks; there it is what has a bias of zeros, as it is drawn.
+    Of a copy, without marks, those that may be: what has a bias of zeros.
     """
     parameters, marked = dict(model.named_parameters()), _marked(model)
     if marked:

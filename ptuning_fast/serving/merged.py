@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import adapter, card
 from ..models.embedding import embed_scale, unreadable
-from ..models.info import describe, has_adapter, unwrapped
+from ..models.info import describe, has_adapter, prompts_in, unwrapped
 from . import checkpoint, virtual_tokens
 
 __all__ = ["save"]
@@ -175,7 +175,8 @@ def _check_ids(model: Any, ids: list[int]) -> None:
 @torch.no_grad()
 def _with_rows(model: Any, rows: Tensor, ids: list[int]) -> tuple[Any, dict[str, Tensor]]:
     """The model as it is to be saved, with `rows` at `ids`, and its tensors: those that change are new ones."""
-    table, state = model.get_input_embeddings(), model.state_dict()
+    table, prompts = model.get_input_embeddings(), prompts_in(model)
+    state = {name: one for name, one in model.state_dict().items() if not name.startswith(prompts)}
     V, headed = table.num_embeddings, model.get_output_embeddings() is not None
     wider = _config(model, V + 1, headed)
     with torch.device("meta"):

@@ -44,6 +44,7 @@ class Saving(nn.Module):
     num_prompts: int | None
     base_model: str
     _new: frozenset[str]  # names of the model's parameters that its checkpoint had not, and that go with the prompt
+    _perhaps: frozenset[str]  # and of those that it may not have had, which are written, and not missed
     _came_with: frozenset[str] = frozenset()  # names of the model's parameters that its adapter brought
     _came_as: frozenset[str] = frozenset()  # and PEFT's names of the modules that these are of
 
@@ -66,7 +67,8 @@ class Saving(nn.Module):
         rows = self.final_prompt()
         parameters, head = self.state_dict(), heads.head_of(self.model)
         of_model = unwrapped(self.model).state_dict()
-        head |= {name: one for name, one in of_model.items() if name in self._new}  # in one order in all processes
+        more = self._new | self._perhaps
+        head |= {name: one for name, one in of_model.items() if name in more}  # in one order in all processes
         modules = heads.modules_of(self.model, head) | self._came_as
         head |= {name: one for name, one in of_model.items() if name in self._came_with}
         for name in head:

@@ -299,8 +299,6 @@ def test_a_prompt_before_a_prompt_of_ours(kind):
     with pytest.raises(TypeError, match=r"this PromptedModel prepends a prompt already: give its \.model"):
         kind(prompted, 2)
     assert prompted.prompt.prompt_embeddings.requires_grad
-    model.prompt = prompted.prompt  # which is none before `model`
-    assert kind(model, 2)(*zoo.padded(zoo.texts(), "right"))
 
 
 def test_masks_and_labels_that_are_no_tensors():

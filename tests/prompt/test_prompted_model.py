@@ -11,7 +11,7 @@ import transformers
 import zoo
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ptuning_fast import FastPTuning, PromptedModel, trained_only
+from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt, trained_only
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 CLASSES = sweep.model_types()
@@ -382,3 +382,26 @@ def test_a_loss_of_another_class_is_counted_as_it_counts():
     model = Other(zoo.build("Llama").config)
     model.loss_type = "ForCausalLM"
     assert PromptedModel(model, 3).loss_type is None and PromptedModel(zoo.build("Llama"), 3).loss_type == "ForCausalLM"
+
+
+@pytest.mark.parametrize(("name", "class_name"), [("Llama", None), ("BERT", "BertForSequenceClassification")])
+def test_a_prompt_that_somebody_has_put_into_its_model(tmp_path, name, class_name, torch_backend):
+    """So that one optimizer sees both: it is none before the model, no part of its head, and stays what it is."""
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    model = zoo.build(name, class_name).requires_grad_(True)
+    model.prompt, model.mode = SoftPrompt(model, zoo.M), "theirs"
+    prompted = PromptedModel(model, prompt=model.prompt)
+    assert prompted.prompt is model.prompt and model.prompt.prompt_embeddings.requires_grad
+    expected = prompted(ids, mask).logits
+    other = PromptedModel(model, 2, mode="prepend")
+    assert other(ids, mask).logits.shape == expected.shape and not torch.equal(other(ids, mask).logits, expected)
+    assert (other.mode, model.mode) == ("prepend", "theirs")
+    assert torch.equal(prompted(ids, mask).logits, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompted.save_pretrained(tmp_path / "prompt")
+        again = PromptedModel.from_pretrained(zoo.build(name, class_name), tmp_path / "prompt")
+        with torch.no_grad():
+            prompted.prompt.prompt_embeddings.mul_(2)  # in no checkpoint of the model, and none of its weights
+        SoftPrompt.from_pretrained(model, tmp_path / "prompt")
+    assert torch.equal(again(ids, mask).logits, expected)

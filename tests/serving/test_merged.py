@@ -99,6 +99,16 @@ def test_half_precision(tmp_path, name):
     assert torch.equal(found[..., : zoo.V], expected[..., : zoo.V])
 
 
+def test_a_prompt_that_somebody_has_put_into_its_model_is_no_part_of_it(tmp_path):
+    model, tokenizer = zoo.build("Llama", vocab_size=V), characters("<s> $A")
+    model.soft = prompt_for(model)
+    model.soft.save_pretrained_merged(tmp_path, tokenizer)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer("A text", return_tensors="pt")["input_ids"]
+    found = loaded(AutoTokenizer.from_pretrained(tmp_path)("A text", return_tensors="pt")["input_ids"]).logits
+    assert torch.equal(found[..., : zoo.V], model(**model.soft(ids)).logits[..., : zoo.V])
+    assert "soft.prompt_embeddings" in model.state_dict() and not hasattr(loaded, "soft")
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generate(tmp_path, name):
     """A batch of texts, padded on the left by the tokenizer."""
