@@ -35,13 +35,11 @@ __all__ = [
     "generate_behind",
     "mask_of",
     "most_new_tokens",
-    "takes_ids",
     "taking_embeddings",
 ]
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
-# Of generate's options those that change the cache, and those beside its config that concern decoding alone.
-_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
+# Of generate's options those that concern columns, and those beside its config that concern decoding alone.
 _COLUMNS = ("output_hidden_states", "output_attentions")  # which have the prompt's
 _DECODING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "synced_gpus")
 
@@ -101,7 +99,7 @@ def copies_of_rows(model: Any, options: dict[str, Any], attention_mask: Tensor |
 
     if settings is None or not all(name in vars(settings) or name in _DECODING for name in options):
         return None
-    if any(option(name) for name in (*_OTHER_CACHES, *_COLUMNS)) or option("use_cache") is False:
+    if any(option(name) for name in ("cache_implementation", *_COLUMNS)) or option("use_cache") is False:
         return None
     padded_left = attention_mask is not None and bool((attention_mask[..., :1] == 0).any())
     if padded_left and _settings(model, options).return_dict_in_generate:
@@ -123,18 +121,17 @@ def _settings(model: Any, options: dict[str, Any]) -> Any:
     return settings
 
 
-def check_for_ids(model: Any, options: dict[str, Any], attention_mask: Tensor | None) -> None:
-    """ValueError for what transformers does right with ids alone: chunks, assistants, drafts where texts are padded."""
-    settings, assistant = _settings(model, options), options.get("assistant_model")
-    padded = attention_mask is not None and bool((attention_mask == 0).any())
-    for name, value, way_out in (
-        ("prefill_chunk_size", settings.prefill_chunk_size, "leave it out"),
-        ("assistant_model", assistant and type(assistant).__name__, "leave it out"),
-        ("assistant_early_exit", settings.assistant_early_exit, "leave it out"),
-        ("prompt_lookup_num_tokens", padded and settings.prompt_lookup_num_tokens, "leave out the padding's columns"),
-    ):
-        if value:
-            raise ValueError(f"{name}={value} is for ids, and a prompt is given as embeddings: {way_out}")
+def check_for_ids(model: Any, options: dict[str, Any]) -> None:
+    """ValueError for what transformers does right with ids alone: a prefill in chunks, and drafts."""
+    settings = _settings(model, options)
+    size = settings.prefill_chunk_size
+    if size:
+        raise ValueError(f"prefill_chunk_size={size} is for ids, and a prompt is given as embeddings: leave it out")
+    if settings.get_generation_mode(options.get("assistant_model")) is GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "assistant_model, assistant_early_exit and prompt_lookup_num_tokens draft from ids, and a prompt is given "
+            "as embeddings, behind which transformers fails or takes wrong tokens: leave them out"
+        )
 
 
 @contextlib.contextmanager
@@ -173,16 +170,6 @@ def _hands_on(model: Any) -> bool:
         return prepared.get("inputs_embeds") is not None and prepared.get("input_ids") is None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False
-
-
-def takes_ids(model: Any, options: dict[str, Any]) -> bool:
-    """Whether `model.generate(**options)` decodes by itself: with an assistant it would count the ids as its cache."""
-    settings = _settings(model, options)
-    alone = settings.get_generation_mode(options.get("assistant_model")) in _ALONE
-    return alone and options.get("custom_generate") is None
-
-
-_ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 def mask_of(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor:

@@ -26,7 +26,6 @@ from .generate import (
     generate_behind,
     mask_of,
     most_new_tokens,
-    takes_ids,
     taking_embeddings,
 )
 from .initial import initial_prompt
@@ -298,8 +297,7 @@ class SoftPrompt(Saving):
     ) -> Any:
         """What `model.generate(**self(input_ids, attention_mask), **options)` returns: new tokens only.
 
-        But that penalties and whatever else reads the tokens so far see those of the text, too (not with
-        `prompt_lookup_num_tokens`).
+        But that penalties and whatever else reads the tokens so far see those of the text, too.
 
         A causal model's keys and values of the prompt are computed once for the batch, not in every row. Where that
         would not be the same (padding on the left with sliding windows, or with `return_dict_in_generate`, from whose
@@ -317,13 +315,13 @@ class SoftPrompt(Saving):
         Raises:
             TypeError: a model that generates nothing.
             ValueError: what `forward` raises; what `model.generate` does right with ids alone: `prefill_chunk_size`,
-                `assistant_model`, and `prompt_lookup_num_tokens` where the text is padded.
+                `assistant_model`, `assistant_early_exit`, `prompt_lookup_num_tokens`.
         """
         check_tensors(attention_mask=attention_mask)
         if not self.info.has_decoder:
+            check_for_ids(self.model, options)
             if attention_mask is None and torch.is_tensor(input_ids):
                 attention_mask = mask_of(self.model, input_ids, options)
-            check_for_ids(self.model, options, attention_mask)
         given = (input_ids, attention_mask, token_type_ids, None, prompt_index)
         if not self.info.has_decoder and attention_mask is not None and bool((attention_mask[:, -1:] == 0).any()):
             warnings.warn(
@@ -349,7 +347,7 @@ class SoftPrompt(Saving):
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
         with taking_embeddings(self.model):
-            if not input_ids.shape[1] or self.info.has_decoder or not takes_ids(self.model, options):
+            if not input_ids.shape[1] or self.info.has_decoder or options.get("custom_generate") is not None:
                 return self.model.generate(**inputs, **options)
             return generate_behind(self.model, input_ids, inputs, options)
 

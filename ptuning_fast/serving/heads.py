@@ -24,8 +24,9 @@ def head_of(model: Any) -> dict[str, Tensor]:
     model = unwrapped(model)
     if not _has_head(model):
         return {}
-    names = new_parts(model).union(_outside(model, model.state_dict()))
-    return {name: one for name, one in model.state_dict().items() if name in names}
+    state = model.state_dict()
+    names = new_parts(model).union(_outside(model, state))
+    return {name: one for name, one in state.items() if name in names}
 
 
 def _outside(model: Any, names: Iterable[str]) -> list[str]:
