@@ -286,7 +286,8 @@ def unwrapped(model: Any) -> Any:
 
 def prompts_in(model: nn.Module) -> tuple[str, ...]:
     """Where in `model` somebody has put a prompt of ours: what the names of its parameters begin with."""
-    return tuple(f"{name}." for name, one in model.named_modules() if hasattr(one, "prompt_embeddings"))
+    modules = model.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, one in modules if hasattr(one, "prompt_embeddings"))
 
 
 def has_adapter(model: Any) -> bool:

@@ -390,6 +390,7 @@ def test_a_prompt_that_somebody_has_put_into_its_model(tmp_path, name, class_nam
     ids, mask = zoo.padded(zoo.texts(), "right")
     model = zoo.build(name, class_name).requires_grad_(True)
     model.prompt, model.mode = SoftPrompt(model, zoo.M), "theirs"
+    model.the_best = model.prompt
     prompted = PromptedModel(model, prompt=model.prompt)
     assert prompted.prompt is model.prompt and model.prompt.prompt_embeddings.requires_grad
     expected = prompted(ids, mask).logits
