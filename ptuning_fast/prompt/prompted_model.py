@@ -14,7 +14,7 @@ from ..files import hub
 from ..loss.kinds import gives_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
-from ..models.info import check_tensors, has_adapter
+from ..models.info import check_tensors, has_adapter, prompts_in
 from ..modes.flattened import FLATTENED
 from ..serving import heads
 from .generate import count_new_tokens
@@ -63,10 +63,6 @@ def _perhaps_a_head(model: Any) -> str | None:
     return next((name for name, one in model.named_parameters() if one.requires_grad and one not in known), None)
 
 
-def _is_in(prompt: SoftPrompt | None, parameter: Tensor) -> bool:
-    return prompt is not None and any(parameter is one for one in prompt.parameters())
-
-
 class PromptedModel(nn.Module):
     """A Hugging Face model behind a trainable prompt, called as the model is: for `transformers.Trainer`, TRL's
     `SFTTrainer`, Accelerate and `pipeline`.
@@ -111,8 +107,9 @@ class PromptedModel(nn.Module):
                     "head: if it is to be trained, call requires_grad_(True) on it after making the PromptedModel",
                     stacklevel=2,
                 )
+            prompts = prompts_in(unwrapped(model))
             for name, parameter in unwrapped(model).named_parameters():
-                if _is_in(prompt, parameter):  # which somebody has put into the model
+                if name.startswith(prompts):  # they are the user's
                     continue
                 if name in head and not parameter.is_floating_point():
                     raise TypeError(
@@ -332,7 +329,8 @@ class PromptedModel(nn.Module):
             return
         head = {*heads.head_of(self.model), *self.prompt._new, *self.prompt._perhaps, *self.prompt._came_with}
         named = getattr(self.model, "_orig_mod", self.model).named_parameters()
-        trained = [name for name, one in named if one.requires_grad and not _is_in(self.prompt, one)]
+        own = [*self.prompt.parameters()]  # the model may have them as well
+        trained = [name for name, one in named if one.requires_grad and not any(one is each for each in own)]
         rest = [name for name in trained if name not in head]
         marks = marks_of_adapters(self.model)
         others = [name for name in rest if not any(mark in name for mark in (*marks, "modules_to_save"))]
