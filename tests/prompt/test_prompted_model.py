@@ -395,7 +395,7 @@ def test_a_prompt_that_somebody_has_put_into_its_model(tmp_path, name, class_nam
     assert prompted.prompt is model.prompt and model.prompt.prompt_embeddings.requires_grad
     expected = prompted(ids, mask).logits
     model.second = SoftPrompt(model, 2)
-    other = PromptedModel(model.requires_grad_(True), prompt=model.prompt, mode="prepend")
+    PromptedModel(model.requires_grad_(True), prompt=model.prompt)
     assert model.second.prompt_embeddings.requires_grad  # which is trained next
     del model.second
     other = PromptedModel(model, 2, mode="prepend")
