@@ -374,6 +374,8 @@ def test_models_that_cannot_be_served():
 
 def test_arguments():
     model = zoo.build("BERT")
+    with torch.device("meta"), pytest.raises(ValueError, match="make it of the model when that is loaded"):
+        SoftPrompt(model, 2, init=torch.zeros(2, zoo.D, device="cpu"))
     with pytest.raises(ValueError, match="they are -1 and None"):
         SoftPrompt(model, -1)
     with pytest.raises(ValueError, match="'mlp' or 'lstm'; it is 'cnn'"):
