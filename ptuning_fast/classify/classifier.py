@@ -14,6 +14,7 @@ from ..files import classifier as classifier_files
 from ..files.base_model import lost_adapter, same_name, settings_of, warn_of_adapter, warn_of_rounding
 from ..files.weights import warn_of_weights
 from ..models import describe, prepend
+from ..models.embedding import device_of
 from ..models.info import ModelInfo, check_tensors, fits
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
@@ -156,10 +157,10 @@ class FastPTuning(nn.Module):
 
         table: Any = self.bert.get_input_embeddings()
         prompt = initial_prompt(init, prompt_length, table, located(self.base_model))
-        self.prompt_embeddings = nn.Parameter(prompt.to(table.weight.device))
+        self.prompt_embeddings = nn.Parameter(prompt.to(device_of(table)))
         settings = self.bert.config.get_text_config()
         width = getattr(settings, "word_embed_proj_dim", settings.hidden_size)  # the former: OPT's
-        self.classifier = nn.Linear(width, num_labels).to(table.weight.device)
+        self.classifier = nn.Linear(width, num_labels).to(device_of(table))
 
         positions = info.max_positions
         room = None if positions is None else positions - prompt_length

@@ -22,6 +22,11 @@ def initial_prompt(init: str | Tensor, length: int, embedding: Any, tokenizer: A
         embedding: the model's input embedding, [V, d].
         tokenizer: for a text: a tokenizer, or the hub id or folder of one.
     """
+    if torch.get_default_device().type == "meta":
+        raise ValueError(
+            "a prompt is made here where tensors have no values, as a model's own __init__ is in from_pretrained: "
+            "make it of the model when that is loaded, and load its values by load_state_dict or from_pretrained"
+        )
     V, d = embedding.weight.shape
     if isinstance(init, Tensor):
         if init.shape != (length, d):

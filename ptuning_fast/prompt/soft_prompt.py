@@ -83,11 +83,6 @@ class SoftPrompt(Saving):
             raise TypeError(f"length is the number of virtual tokens, an int; it is a {type(length).__name__}")
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(f"length must be 0 or more and num_prompts 1 or more; they are {length} and {num_prompts}")
-        if torch.get_default_device().type == "meta":
-            raise ValueError(
-                "a prompt is made here where tensors have no values, as a model's own __init__ is in from_pretrained: "
-                "make it of the model when that is loaded, and load its values by load_state_dict or from_pretrained"
-            )
         self.info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate

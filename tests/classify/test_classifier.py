@@ -453,3 +453,30 @@ def test_models_that_are_refused():
             FastPTuning(zoo.build("T5", "T5Model", is_encoder_decoder=is_both), 3)
     encoder = zoo.build("T5", "T5EncoderModel")
     assert FastPTuning(encoder, 3, pooling="mean")(*zoo.padded(zoo.texts(), "left")).shape == (4, 2)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+def test_an_offloaded_encoder(mode):
+    """accelerate keeps its weights elsewhere: they are on the meta device between calls, prompt and head are not."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    modules = []
+    for offloaded in (False, True):
+        encoder = zoo.build("BERT", "BertModel")
+        if offloaded:
+            accelerate.cpu_offload(encoder, execution_device="cpu")
+        torch.manual_seed(1)
+        modules.append(FastPTuning(encoder, prompt_length=3, num_labels=2, mode=mode).eval())
+    batch = zoo.padded(zoo.texts(), "right")
+    labels = torch.tensor([0, 1, 1, 0])
+    plain, offloaded = (module(*batch, labels=labels) for module in modules)
+    torch.testing.assert_close(offloaded.logits, plain.logits)
+    plain.loss.backward()
+    offloaded.loss.backward()
+    for name in ("prompt_embeddings", "classifier.weight"):
+        torch.testing.assert_close(modules[1].get_parameter(name).grad, modules[0].get_parameter(name).grad)
+
+
+def test_on_the_meta_device():
+    """Buffers that are in no checkpoint would have no values there, whatever is loaded afterwards."""
+    with torch.device("meta"), pytest.raises(ValueError, match="make it of the model when that is loaded"):
+        FastPTuning(zoo.build("BERT", "BertModel"), prompt_length=3)
