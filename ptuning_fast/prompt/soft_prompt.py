@@ -134,7 +134,8 @@ class SoftPrompt(Saving):
                 `"packed"`, no padding: one row of all sequences, concatenated, m + text rows each, and so are the
                 outputs; `cu_seq_lens_q` [B+1] says where each begins.
                 `"shared"`, for a causal model without dropout: one row of m - 1 virtual tokens, and then of each text
-                with the last virtual token before it. `cu_seq_lens_q` is [B+2]: the first sequence is the prompt.
+                with the last virtual token before it. `cu_seq_lens_q` is [B+2]: the first sequence is the prompt
+                (where m < 2, there is none, and it is [B+1]).
                 `"auto"`: the one of these that has the fewest rows and is exact for the model as it stands.
             lengths: for `"packed"` and `"shared"`, the number of real tokens of each row where it is known on the host,
                 as `prepend_prompt` takes it.

@@ -105,6 +105,21 @@ def test_rows_are_those_of_the_texts_and_of_one_prompt(torch_backend):
     assert inputs["position_ids"][0, : prefix + 1 + LENGTHS[0]].tolist() == list(range(prefix + 1 + LENGTHS[0]))
 
 
+@pytest.mark.parametrize("m", [0, 1, 2, zoo.M])
+def test_where_the_texts_are(m, torch_backend):
+    """The last B + 1 ends are the texts', also of a prompt that has nothing to share."""
+    model = build("llama")
+    prompt = SoftPrompt(model, m)
+    ids, mask, _ = next(batches("right"))
+    inputs = prompt(ids, mask, mode="shared")
+    ends = inputs["cu_seq_lens_q"].tolist()
+    assert len(ends) == len(ids) + 1 + (m > 1)
+    rows, columns = model(**inputs).logits[0], model(**prompt(ids, mask)).logits[:, m:]
+    for text, (start, end) in zip(range(len(ids)), pairwise(ends[-len(ids) - 1 :])):
+        expected = columns[text, mask[text] != 0]
+        assert (rows[start + min(m, 1) : end] - expected).abs().max() <= zoo.TOLERANCE * expected.abs().max()
+
+
 def test_refusals(torch_backend):
     ids, mask = zoo.padded(zoo.texts(), "right")
     for name, reason in (("BERT", "is not causal"), ("ModernBERT", "is not causal"), ("T5", "one per token")):
