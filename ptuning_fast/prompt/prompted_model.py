@@ -144,9 +144,9 @@ class PromptedModel(nn.Module):
     ) -> "ModelOutput":
         """The model's outputs, without rows for virtual tokens: `logits` are [B, n, V].
 
-        What a mixture of experts says of its routers is that of all rows, virtual tokens' among them. Logits on padding
-        mean nothing, but in the column before a text with padding on its left: they predict its first
-        token.
+        What a mixture of experts says of its routers is that of all rows, virtual tokens' among them, and `attentions`
+        [B, heads, m + n, m + n] have them, too. Logits on padding mean nothing, but in the column before a text with
+        padding on its left: they predict its first token.
 
         The label in the first column counts for nothing, as in the model's own loss, and as Trainer and TRL count
         (`SoftPrompt.loss` has the last virtual token predict it). With labels, in training, a language model gives its
@@ -263,7 +263,7 @@ class PromptedModel(nn.Module):
             return rows[batch.attention_mask != 0][None] if flattened else rows
 
         for name in out.keys() - _CACHES:
-            if name.startswith("encoder_") if of_decoder else "attentions" not in name:
+            if "attentions" not in name and (name.startswith("encoder_") or not of_decoder):  # [B, heads, ...]
                 out[name] = of_tokens(name, out[name])
         if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
             out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
@@ -297,6 +297,8 @@ class PromptedModel(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """As `model.generate`: a decoder's tokens begin with those of `input_ids`, and the prompt is not among them.
+
+        (`hidden_states` and `attentions`, where asked for, have the prompt's columns.)
 
         Args:
             input_ids, attention_mask: [B, n], padded on the left.
