@@ -177,10 +177,9 @@ def test_attention_weights_are_those_of_mode_prepend():
     assert out.attentions[0].shape[-1] == ids.shape[1] + 3 and out.logits.shape[1] == ids.shape[1]
 
 
-@pytest.mark.parametrize("name", ["T5", "BART"])
-def test_as_many_heads_as_columns(name):
+def test_as_many_heads_as_columns():
     """Attentions are [B, heads, ...]: those of an encoder are not its columns."""
-    model = zoo.build(name)
+    model = zoo.build("BART")
     model.set_attn_implementation("eager")
     ids = torch.ones(2, 3, dtype=torch.int64)
     heads = model.config.num_attention_heads
