@@ -50,6 +50,13 @@ def save(
     _check_ids(model, ids)
     with_tokens.model_max_length = _max_length(tokenizer, describe(model).max_positions, prompts.shape[1])
 
+    if model.base_model is model:
+        warnings.warn(
+            f"{type(model).__name__} has no head: of the merged one the first {prompts.shape[1]} hidden states are "
+            "the virtual tokens', which PromptedModel leaves out, so their mean and their first row are others "
+            "(docs/serving.md)",
+            stacklevel=3,
+        )
     saved, state = _with_rows(model, prompts.flatten(0, 1), ids)
     if describe(model).pooled == "right":
         _set_padding(saved, tokenizer)

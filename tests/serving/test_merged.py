@@ -10,9 +10,9 @@ import transformers
 import zoo
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers_built import SPECIAL, byte_level
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from ptuning_fast import SoftPrompt
+from ptuning_fast import PromptedModel, SoftPrompt
 from ptuning_fast.serving import merged
 
 V = 112
@@ -224,6 +224,25 @@ def test_texts_are_cut_as_before(tmp_path, name, class_name, given, expected):
     if expected == 6 + zoo.M:
         found, ours = (one("a long text", truncation=True)["input_ids"] for one in (theirs, tokenizer))
         assert found[zoo.M :] == ours and len(ours) == 6
+
+
+def test_embeddings_have_the_virtual_tokens_rows(tmp_path):
+    """A mean over all rows is what was trained so, and not PromptedModel's, which has the text's alone."""
+    model, tokenizer = zoo.build("BERT"), characters("<s> $A </s>")
+    model.resize_token_embeddings(V)
+    prompted = PromptedModel(model, prompt=prompt_for(model))
+    with pytest.warns(UserWarning, match=f"BertModel has no head: .* first {zoo.M} hidden states"):
+        prompted.prompt.save_pretrained_merged(tmp_path, tokenizer)
+    served, its = AutoModel.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+
+    def mean(model, inputs):
+        mask = inputs["attention_mask"][..., None]
+        return (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+
+    batch = tokenizer(texts(), padding=True, return_tensors="pt")
+    there = mean(served, its(texts(), padding=True, return_tensors="pt"))
+    torch.testing.assert_close(there, mean(model, prompted.prompt(**batch)), rtol=0, atol=1e-6)
+    assert (there - mean(prompted, batch)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
