@@ -79,6 +79,20 @@ def build(name, class_name=None, **settings):
     return getattr(transformers, class_name or base_class)(config).eval().requires_grad_(False)
 
 
+def qwen2_vl():
+    """Finds an image's rows and columns by the ids of its tokens (90), and keeps how far they moved its positions."""
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": D, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    text |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    text |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=90, vision_start_token_id=91, vision_end_token_id=92
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval().requires_grad_(False)
+
+
 def texts(lengths=TEXTS):
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(3, V, (length,), generator=generator) for length in lengths]

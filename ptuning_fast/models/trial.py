@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..op import Batch
 from .info import has_decoder
 
-__all__ = ["BELOW", "call", "one_at_a_time", "ordinary_tokens", "padded", "quietly", "state"]
+__all__ = ["BELOW", "call", "held_by", "is_changed", "one_at_a_time", "ordinary_tokens", "padded", "quietly", "state"]
+
+Held = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 @contextlib.contextmanager
@@ -40,9 +42,7 @@ one_at_a_time = threading.RLock()
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    modules = list(model.modules())
-    configs = {id(one): one for module in modules if hasattr(one := getattr(module, "config", None), "__dict__")}
-    before = [(vars(one), _contents(vars(one))) for one in (*modules, *configs.values())]
+    before = held_by(model)
     try:
         yield
     finally:
@@ -51,9 +51,31 @@ def _put_back(model: nn.Module) -> Iterator[None]:
                 del held[key]
             for key, (value, items) in contents.items():
                 held[key] = value
-                if items is not None and (value.keys() != items.keys() or any(value[k] is not items[k] for k in items)):
+                if items is not None and _exchanged(value, items):
                     value.clear()
                     value.update(items)
+
+
+def held_by(model: nn.Module) -> Held:
+    """What the modules of `model` and their configs hold now, beside their parameters."""
+    modules = list(model.modules())
+    configs = {id(one): one for module in modules if hasattr(one := getattr(module, "config", None), "__dict__")}
+    return [(vars(one), _contents(vars(one))) for one in (*modules, *configs.values())]
+
+
+def is_changed(before: Held) -> bool:
+    """Whether a model holds anything else than `before`, such as what it keeps from one call for the next."""
+    return any(
+        held.keys() != contents.keys()
+        or any(
+            held[key] is not value or (items and _exchanged(value, items)) for key, (value, items) in contents.items()
+        )
+        for held, contents in before
+    )
+
+
+def _exchanged(now: dict, before: dict) -> bool:
+    return now.keys() != before.keys() or any(now[key] is not value for key, value in before.items())
 
 
 def _contents(held: dict[str, Any]) -> dict[str, tuple[Any, dict | None]]:

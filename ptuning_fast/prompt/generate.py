@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 from ..models.embedding import device_of, prepend, rows_of
 from ..models.info import ModelInfo, fits, unwrapped
 from ..models.probe import off_by, tolerance
-from ..models.trial import one_at_a_time, ordinary_tokens, padded, quietly
+from ..models.trial import held_by, is_changed, one_at_a_time, ordinary_tokens, padded, quietly
 from ..op import Batch, Layout, Prompt
 
 __all__ = [
@@ -239,7 +239,11 @@ def _behind(
 
 
 def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
-    """On which sides texts may be padded for what follows them to be what follows them behind the prompt's own rows."""
+    """On which sides texts may be padded for what follows them to be what follows them behind the prompt's own rows.
+
+    On none where a model keeps something of a text for the next call (Qwen2-VL its `rope_deltas`): only what begins
+    without a cache makes that anew.
+    """
     inner = unwrapped(model)
     by_length = info.steady_length is not None or info.counts_columns is not None
     if info.cache is None or by_length or inner.config.is_encoder_decoder:
@@ -249,6 +253,7 @@ def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
     tokens, device = ordinary_tokens(inner.config, table.weight.shape[0], 9), device_of(table)
     exact = set()
     with quietly(inner), taking_embeddings(inner):
+        before = held_by(inner)
         try:
             prompt = Prompt(rows_of(table, torch.tensor(tokens[:3], device=device)).float())
             cache = _filled(inner, info, prompt)
@@ -263,8 +268,8 @@ def _exact_sides(model: Any, info: ModelInfo) -> set[str]:
                 if off_by([{"logits": found}], [{"logits": expected}]) <= tolerance(inner):
                     exact.add(side)
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError):
-            return exact
-    return exact
+            pass
+        return set() if is_changed(before) else exact
 
 
 def _logits(model: Any, padding: int, **inputs: Any) -> Tensor:

@@ -152,14 +152,7 @@ def test_other_ways_past_the_prompt_are_refused():
 
 def test_images_with_positions_of_their_own_are_refused():
     """Qwen2-VL finds an image's rows and columns by the ids of its tokens."""
-    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
-    text = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-    config = transformers.Qwen2VLConfig(
-        text_config=text, vision_config=vision, image_token_id=90, vision_start_token_id=91, vision_end_token_id=92
-    )
-    prompted = PromptedModel(transformers.Qwen2VLForConditionalGeneration(config), 3)
+    prompted = PromptedModel(zoo.qwen2_vl(), 3)
     ids = torch.tensor([[5, 6, 7, 8]])
     assert prompted(ids).logits.shape == (1, 4, 99)
     image = {"pixel_values": torch.zeros(4, 96), "image_grid_thw": torch.tensor([[1, 2, 2]])}

@@ -277,3 +277,26 @@ def test_a_prompt_that_is_kept(torch_backend):
         prompt.generate(ids, mask, max_new_tokens=1, keep_prompt=True)
     assert [generated(keep_prompt=True), generated(keep_prompt=True)] == [1, 0]
     assert len(pickle.dumps(prompt._cached)) < 5000
+
+
+@pytest.mark.parametrize("keep_prompt", [False, True])
+def test_a_model_that_keeps_something_of_a_text_for_the_next_call(keep_prompt, torch_backend):
+    """Qwen2-VL: how far an image moved the positions of what comes behind it, in each row of that batch."""
+    model, options = zoo.qwen2_vl(), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    prompt, fresh = SoftPrompt(model, 4), copy.deepcopy(model)
+
+    def check(*lengths):
+        ids, mask = zoo.padded(zoo.texts(lengths), "left")
+        found = prompt.generate(ids, mask, keep_prompt=keep_prompt, **options)
+        assert torch.equal(found, copy.deepcopy(fresh).generate(**prompt(ids, mask), **options))
+
+    check(6, 4)
+    check(5, 7)
+    check(3, 4, 6)
+    ids = torch.tensor([[5, 91, 90, 90, 90, 90, 92, 7]])
+    image = {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    image |= {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 90).long()}
+    model.generate(ids, **image, **options)
+    assert model.model.rope_deltas.item() == -2
+    check(6)
+    check(6, 4)
