@@ -3,7 +3,7 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +120,17 @@ class ModelInfo:
                 "FastPTuning has mode='packed', too)"
             )
 
-    def check_images(self, names: Iterable[str]) -> None:
-        """ValueError for `names`, of arguments that are tensors, where positions would go by the ids."""
-        for name in names:
-            if self.finds_images and not name.startswith("decoder_"):
+    def check_arguments(self, given: Mapping[str, Any], input_ids: Tensor) -> None:
+        """ValueError for tensors among `given`, arguments of the forward, that go wrong behind a prompt."""
+        for name, value in given.items():
+            if not torch.is_tensor(value) or name.startswith("decoder_"):
+                continue
+            positions = "position" in name and not name.startswith(_OF_IMAGES)
+            if value.shape[:2] == input_ids.shape or positions or name in ("cls_index", "lengths"):
+                raise ValueError(
+                    f"{name} is of columns that a prompt moves, and nobody knows what it is on the prompt's"
+                )
+            if self.finds_images:
                 raise ValueError(
                     f"{self.name} finds the positions of images in the input_ids, and gets none behind a prompt: "
                     f"leave {name} out"
@@ -261,6 +268,7 @@ def _handed_on(model: Any) -> frozenset[str]:
     return takes - (given.keys() - arrived)
 
 
+_OF_IMAGES = ("image_", "pixel_", "video_", "audio_")  # what a name begins with whose positions are no columns
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 _PER_TEXT: tuple[str, ...] = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _PER_TEXT += ("ForNextSentencePrediction", "ForPreTraining")

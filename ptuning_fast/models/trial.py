@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from ..op import Batch
 from .info import has_decoder
 
-__all__ = ["BELOW", "call", "held_by", "is_changed", "one_at_a_time", "ordinary_tokens", "padded", "quietly", "state"]
+__all__ = [
+    "BELOW",
+    "call",
+    "held_by",
+    "is_changed",
+    "is_read",
+    "one_at_a_time",
+    "ordinary_tokens",
+    "padded",
+    "quietly",
+    "state",
+]
 
 Held = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -133,3 +144,28 @@ def state(outputs: dict[str, Any]) -> Tensor:
 
 
 BELOW = "last_hidden_state, below the head"
+
+
+def is_read(model: Any, inputs: dict[str, Any], batch: Batch, given: dict[str, Any], name: str) -> bool | None:
+    """Whether `given[name]`, a tensor of real numbers and an argument of the forward, changes anything behind `inputs`.
+
+    Some models take images or audio with ids alone (Voxtral, Qwen2-Audio, Phi-4).
+
+    Returns:
+        None where it changes nothing with the batch's ids either. True, too, where a call fails: the model's own says why.
+    """
+    own = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    ids = {key: value for key, value in own.items() if value is not None}
+    other = torch.arange(given[name].numel(), device=given[name].device).sin().view_as(given[name]).to(given[name])
+    device = batch.input_ids.device.type
+    cast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def changes(inputs: dict[str, Any]) -> bool:
+        found = [state(call(model, inputs | given | {name: one}, batch.input_ids)) for one in (given[name], other)]
+        return not torch.equal(*found)
+
+    with quietly(model), cast:
+        try:
+            return changes(inputs) or (False if changes(ids) else None)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return True

@@ -196,13 +196,8 @@ class PromptedModel(nn.Module):
         for name, value in kwargs.items():
             if name in _CACHES and value is not None:
                 raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
-            if not torch.is_tensor(value) or name.startswith("decoder_") or name in (*_COLUMNS, "logits_to_keep"):
-                continue
-            if value.shape[:2] == input_ids.shape or "position" in name or name in ("cls_index", "lengths"):
-                raise ValueError(
-                    f"{name} is of columns that a prompt moves, and nobody knows what it is on the prompt's"
-                )
-            self.prompt.info.check_images([name])
+        own = (*_COLUMNS, "logits_to_keep")
+        self.prompt.info.check_arguments({name: kwargs[name] for name in kwargs if name not in own}, input_ids)
 
     def _check_trained(self) -> None:
         if not any(parameter.requires_grad for parameter in self.prompt.parameters()):
@@ -248,6 +243,7 @@ class PromptedModel(nn.Module):
             if kwargs.get(name) is not None and not of_decoder:
                 kwargs[name] = kwargs[name].clamp(min=0) + m  # below 0 they are 0 to the model
         kept = kwargs.pop("logits_to_keep", 0)
+        self.prompt.check_read(kwargs, laid_out)
         out = model(**(kwargs | inputs))
 
         def of_tokens(name: str, rows: Any) -> Any:

@@ -13,6 +13,7 @@ from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
 from ..models.embedding import are_several, device_of, is_sharded
 from ..models.info import check_tensors
+from ..models.trial import is_read
 from ..modes import MODES, Mode, mode_for
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
@@ -86,6 +87,7 @@ class SoftPrompt(Saving):
         self.info = describe(model)
         self._modes: dict[str, Mode | TypeError] = {}  # those that it was checked for, or why not
         self._cached: CachedPrompt | None = None  # for generate
+        self._read: set[str] = set()  # arguments that the model is known to read behind a prompt
         self.model_loss = ModelLoss(self.info)
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self._new, self._perhaps = new_parts(unwrapped(model)), perhaps_new(unwrapped(model))
@@ -275,6 +277,24 @@ class SoftPrompt(Saving):
             check_counted(labels, attention_mask)
         return {"num_items_in_batch": num_items_in_batch}
 
+    def check_read(self, given: dict[str, Any], laid_out: LaidOut) -> None:
+        """ValueError for a tensor of real numbers that the model reads with ids alone, as some do images or audio."""
+        _, batch, inputs = laid_out
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        for name, value in given.items():
+            known = not torch.is_tensor(value) or value.dim() < 2 or not value.is_floating_point() or name in self._read
+            if known or torch.compiler.is_compiling():
+                continue
+            read = is_read(unwrapped(self.model), inputs, batch, given, name)
+            if read is False:
+                raise ValueError(
+                    f"{self.info.name} reads {name} only where it is given input_ids, and a prompt is given as "
+                    "embeddings: it would change nothing, so leave it out, or take a model that reads it with "
+                    "inputs_embeds"
+                )
+            if read:
+                self._read.add(name)
+
     @property
     def has_causal_loss(self) -> bool:
         """Whether the loss of a token's label is that of the row before it."""
@@ -336,7 +356,10 @@ class SoftPrompt(Saving):
             self.info.check_left(attention_mask, columns + new)
             self.info.check_steady(columns, new)
         own = vars(self.model.generation_config)
-        self.info.check_images(one for one, value in options.items() if torch.is_tensor(value) and one not in own)
+        beside = {name: value for name, value in options.items() if torch.is_tensor(value) and name not in own}
+        if beside:
+            self.info.check_arguments(beside, input_ids)
+            self.check_read(beside, self.laid_out(*given, "prepend"))
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
         sharded = any(map(is_sharded, self.model.parameters()))

@@ -163,6 +163,82 @@ def test_images_with_positions_of_their_own_are_refused():
     assert prompted.eval().generate(ids, torch.ones_like(ids), **stop).shape[1] > 4
 
 
+TEXT = {"vocab_size": zoo.V, "hidden_size": zoo.D, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+TEXT |= {"initializer_range": 0.2, "max_position_embeddings": 600}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+
+
+def llava():
+    config = transformers.LlavaConfig(
+        text_config=TEXT | {"model_type": "llama"},
+        vision_config=TOWER | {"model_type": "clip_vision_model", "image_size": 16, "projection_dim": 32},
+        image_token_index=3,
+        vision_feature_layer=-1,
+    )
+    ids = torch.tensor([[20, *[3] * 4, 30, 31], [3, 3, 3, 3, 40, 41, 42]])
+    return transformers.LlavaForConditionalGeneration(config), ids, {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def gemma4():
+    config = transformers.Gemma4Config(
+        text_config=TEXT
+        | {"global_head_dim": 8, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "sliding_window": 64},
+        vision_config=TOWER | {"num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2},
+        audio_config=None,
+        **{"image_token_id": 3, "video_token_id": 4, "audio_token_id": 5},
+    )
+    ids = torch.tensor([[20, *[3] * 4, 30, 31]])
+    patches = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+    image = {"pixel_values": torch.rand(1, 16, 192), "image_position_ids": patches}
+    return transformers.Gemma4ForConditionalGeneration(config), ids, image
+
+
+@pytest.mark.parametrize("made", [llava, gemma4])
+def test_images_behind_a_prompt(made):
+    """As behind tokens that have the prompt's rows; positions of an image's patches are none of columns."""
+    if not hasattr(transformers, "Gemma4Config"):
+        pytest.skip("this transformers has no Gemma 4")
+    torch.manual_seed(0)
+    model, ids, image = made()
+    model.eval().requires_grad_(False)
+    first = torch.arange(90, 94)
+    prompted = PromptedModel(model, 4, init=model.get_input_embeddings()(first).float()).eval()
+    full, mask = torch.cat([first.expand(len(ids), -1), ids], 1), torch.ones_like(ids)
+    expected = model(full, attention_mask=torch.ones_like(full), **image).logits[:, 4:]
+    assert same(prompted(ids, mask, **image).logits, expected)
+    assert not same(prompted(ids, mask, **image | {"pixel_values": 1 - image["pixel_values"]}).logits, expected)
+    found = prompted.generate(ids, mask, **image, **GREEDY)
+    assert torch.equal(found, model.generate(full, attention_mask=torch.ones_like(full), **image, **GREEDY)[:, 4:])
+    types = (ids == 3).long()
+    for call in (prompted, prompted.generate, prompted.prompt.generate):
+        with pytest.raises(ValueError, match="mm_token_type_ids is of columns that a prompt moves"):
+            call(ids, mask, **image, mm_token_type_ids=types)
+
+
+def test_audio_that_is_read_with_ids_alone_is_refused():
+    """Voxtral leaves it out, without a word, where it is given embeddings."""
+    audio = {"num_mel_bins": 16, "max_source_positions": 32} | {one: TOWER[one] for one in TOWER if one != "patch_size"}
+    audio |= {"intermediate_size": 128}  # four frames of 32
+    config = transformers.VoxtralConfig(
+        text_config=TEXT | {"model_type": "llama"}, audio_config=audio, audio_token_id=5
+    )
+    model = transformers.VoxtralForConditionalGeneration(config)
+    prompted = PromptedModel(model, 4)
+    ids, sound = torch.tensor([[20, *[5] * 8, 30, 31]]), {"input_features": torch.randn(1, 16, 64)}
+    prompted.eval()
+    assert prompted(ids).logits.shape == (1, 11, zoo.V)
+    assert not same(model(ids, **sound).logits, model(ids, input_features=-sound["input_features"]).logits)
+    for call in (prompted, prompted.generate, prompted.prompt.generate, prompted.base_model):
+        with pytest.raises(ValueError, match=r"Voxtral.* reads input_features only where it is given input_ids"):
+            call(ids, torch.ones_like(ids), **sound)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with pytest.raises(ValueError, match="it would change nothing"), torch.autocast("cpu", torch.bfloat16):
+        prompted.train()(ids, labels=ids, **sound)
+    assert model.training and all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
 def test_attention_weights_are_those_of_mode_prepend():
     prompted = PromptedModel(zoo.build("Llama", attn_implementation="eager"), 3).eval()
     ids, mask, _ = batch()
