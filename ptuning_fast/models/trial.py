@@ -152,7 +152,8 @@ def is_read(model: Any, inputs: dict[str, Any], batch: Batch, given: dict[str, A
     Some models take images or audio with ids alone (Voxtral, Qwen2-Audio, Phi-4).
 
     Returns:
-        None where it changes nothing with the batch's ids either. True, too, where a call fails: the model's own says why.
+        None where it changes nothing with the batch's ids either, or the model fails with them. True, too, where it
+        fails behind `inputs`: its own call will say why.
     """
     own = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     ids = {key: value for key, value in own.items() if value is not None}
@@ -160,12 +161,12 @@ def is_read(model: Any, inputs: dict[str, Any], batch: Batch, given: dict[str, A
     device = batch.input_ids.device.type
     cast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
-    def changes(inputs: dict[str, Any]) -> bool:
-        found = [state(call(model, inputs | given | {name: one}, batch.input_ids)) for one in (given[name], other)]
-        return not torch.equal(*found)
+    def changes(inputs: dict[str, Any]) -> bool | None:
+        try:
+            found = [state(call(model, inputs | given | {name: one}, batch.input_ids)) for one in (given[name], other)]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return None
+        return not torch.equal(*(one.nan_to_num() for one in found))
 
     with quietly(model), cast:
-        try:
-            return changes(inputs) or (False if changes(ids) else None)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            return True
+        return changes(inputs) is not False or (False if changes(ids) else None)
