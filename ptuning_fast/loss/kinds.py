@@ -46,7 +46,7 @@ def has_causal_loss(model: Any, info: ModelInfo) -> bool:
         try:
             loss = inner(input_ids=ids, labels=labels).loss
         except Exception:  # whatever a model that needs more than ids does
-            return True
+            return bool(inner.can_generate())
     return loss is not None and not _counts(loss.item())
 
 

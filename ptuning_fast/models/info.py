@@ -123,10 +123,11 @@ class ModelInfo:
     def check_arguments(self, given: Mapping[str, Any], input_ids: Tensor) -> None:
         """ValueError for tensors among `given`, arguments of the forward, that go wrong behind a prompt."""
         for name, value in given.items():
-            if not torch.is_tensor(value) or name.startswith("decoder_"):
+            if not torch.is_tensor(value) or name.startswith(_OF_OTHERS):
                 continue
+            features = value.is_floating_point() and value.dim() > 2  # images, states: as many as tokens by chance
             positions = "position" in name and not name.startswith(_OF_IMAGES)
-            if value.shape[:2] == input_ids.shape or positions or name in ("cls_index", "lengths"):
+            if (value.shape[:2] == input_ids.shape and not features) or positions or name in _OF_COLUMNS:
                 raise ValueError(
                     f"{name} is of columns that a prompt moves, and nobody knows what it is on the prompt's"
                 )
@@ -268,6 +269,8 @@ def _handed_on(model: Any) -> frozenset[str]:
     return takes - (given.keys() - arrived)
 
 
+_OF_OTHERS = ("decoder_", "encoder_", "qformer_")  # what a name begins with that is of other rows than the text's
+_OF_COLUMNS = ("cls_index", "lengths", "image_text_alignment")
 _OF_IMAGES = ("image_", "pixel_", "video_", "audio_")  # what a name begins with whose positions are no columns
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 _PER_TEXT: tuple[str, ...] = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")

@@ -1,6 +1,7 @@
 """A model called on trial: with a few ordinary tokens, in eval mode, and with no trace left in it."""
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -120,8 +121,9 @@ def padded(rows: list[list[int]], side: str, padding: int, device: torch.device)
 
 def call(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     """The outputs of the model, and of what is below its head, which may not show anything (a new one is often 0)."""
-    if has_decoder(model):
+    if has_decoder(model):  # without a cache, as in training: FSMT has another mask then
         inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
+        inputs |= {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     below, thread = [], threading.get_ident()
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
@@ -152,21 +154,26 @@ def is_read(model: Any, inputs: dict[str, Any], batch: Batch, given: dict[str, A
     Some models take images or audio with ids alone (Voxtral, Qwen2-Audio, Phi-4).
 
     Returns:
-        None where it changes nothing with the batch's ids either, or the model fails with them. True, too, where it
-        fails behind `inputs`: its own call will say why.
+        None where it changes nothing with the batch's ids either, or a call behind `inputs` fails, as its own will.
+
+    Raises:
+        Exception: whatever the model says of the same arguments with ids, where it changes nothing behind `inputs`.
     """
     own = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    own |= {"token_type_ids": batch.token_type_ids}
     ids = {key: value for key, value in own.items() if value is not None}
     other = torch.arange(given[name].numel(), device=given[name].device).sin().view_as(given[name]).to(given[name])
     device = batch.input_ids.device.type
     cast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
-    def changes(inputs: dict[str, Any]) -> bool | None:
-        try:
-            found = [state(call(model, inputs | given | {name: one}, batch.input_ids)) for one in (given[name], other)]
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            return None
+    def changes(inputs: dict[str, Any]) -> bool:
+        found = [state(call(model, inputs | given | {name: one}, batch.input_ids)) for one in (given[name], other)]
         return not torch.equal(*(one.nan_to_num() for one in found))
 
     with quietly(model), cast:
-        return changes(inputs) is not False or (False if changes(ids) else None)
+        try:
+            if changes(inputs):
+                return True
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return None
+        return False if changes(ids) else None

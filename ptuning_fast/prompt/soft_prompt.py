@@ -283,8 +283,10 @@ class SoftPrompt(Saving):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         for name, value in given.items():
             known = not torch.is_tensor(value) or value.dim() < 2 or not value.is_floating_point() or name in self._read
-            if known or torch.compiler.is_compiling():
+            if known:
                 continue
+            if torch.compiler.is_compiling():
+                raise ValueError(f"call it with {name} once without torch.compile: whether it is read has to be tried")
             read = is_read(unwrapped(self.model), inputs, batch, given, name)
             if read is False:
                 raise ValueError(

@@ -417,3 +417,16 @@ def test_losses_that_weigh_tokens_or_rows(torch_backend):
     prompt = SoftPrompt(model, 3)
     expected = gradients(prompt, model(**prompt(ids, mask, labels=labels)).loss)
     assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
+
+
+def test_a_model_that_needs_more_than_ids_has_the_loss_of_its_kind(torch_backend):
+    """LXMERT's is of masked tokens, whatever loss function transformers gives a class that it does not know."""
+    settings = {"vocab_size": zoo.V, "hidden_size": zoo.D, "intermediate_size": 48, "num_attention_heads": 4}
+    settings |= {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 16, "num_qa_labels": 3}
+    torch.manual_seed(0)
+    model = transformers.LxmertForPreTraining(transformers.LxmertConfig(**settings)).eval()
+    prompted = PromptedModel(model, 3).eval()
+    ids = torch.randint(5, 90, (2, 6))
+    image = {"visual_feats": torch.randn(2, 4, 16), "visual_pos": torch.rand(2, 4, 4)}
+    first = torch.cat([ids[:, :1], torch.full_like(ids[:, 1:], -100)], 1)
+    assert torch.isfinite(prompted(ids, torch.ones_like(ids), labels=first, **image).loss)

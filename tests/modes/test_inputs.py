@@ -39,10 +39,16 @@ def test_positions_that_start_elsewhere():
     assert same(model(**inputs).last_hidden_state, model(input_ids=ids).last_hidden_state)
 
 
+FSMT = {"langs": ["en", "de"], "src_vocab_size": 99, "tgt_vocab_size": 99, "d_model": 32, "init_std": 0.2}
+FSMT |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+FSMT |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2}
+
+
 @pytest.mark.parametrize(
     ("config", "kind", "settings"),
     [
         ("MarianConfig", "MarianMTModel", MARIAN | {"scale_embedding": True, "decoder_start_token_id": 0}),
+        ("FSMTConfig", "FSMTForConditionalGeneration", FSMT),  # in training: its decoder has no causal mask there
         ("EsmConfig", "EsmModel", BERT | {"token_dropout": True, "mask_token_id": 5, "max_position_embeddings": 64}),
     ],
 )

@@ -53,13 +53,14 @@ def test_labels_on_padding_that_somebody_counted():
         prompted(ids, mask, labels=ids, num_items_in_batch=20)
 
 
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("training", [False, True])
-def test_what_is_one_per_row_is_not_packed(training):
-    """Cross-attention to states of each row."""
+def test_what_is_one_per_row_is_not_packed(training, more):
+    """Cross-attention to states of each row, of which there may be as many as columns of the text."""
     model = zoo.build("GPT-2", add_cross_attention=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     prompted = PromptedModel(model, 3).train(training)
     ids, mask, _ = batch()
-    states = torch.randn(len(ids), 6, zoo.D)
+    states = torch.randn(len(ids), ids.shape[1] + more, zoo.D)
     out = prompted(ids, mask, encoder_hidden_states=states)
     expected = model(**prompted.prompt(ids, mask), encoder_hidden_states=states).logits[:, 3:]
     assert same(out.logits[mask != 0], expected[mask != 0])
@@ -125,6 +126,7 @@ def test_a_decoders_answers_are_in_its_own_columns():
         ("entity_position_ids", torch.zeros(4, 2, 3).long()),
         ("cls_index", torch.zeros(4).long()),
         ("lengths", torch.full((4,), 7)),
+        ("image_text_alignment", torch.zeros(4, 3, 2).long()),
     ],
 )
 def test_columns_that_a_prompt_moves_are_refused(name, value):
@@ -233,6 +235,17 @@ def test_audio_that_is_read_with_ids_alone_is_refused():
     for call in (prompted, prompted.generate, prompted.prompt.generate, prompted.base_model):
         with pytest.raises(ValueError, match=r"Voxtral.* reads input_features only where it is given input_ids"):
             call(ids, torch.ones_like(ids), **sound)
+    # What the model itself says of them with ids is said of them.
+    with pytest.raises(ValueError, match="Audio features and audio tokens do not match"):
+        prompted(ids.repeat(2, 1), input_features=sound["input_features"])
+    # A call that fails for another reason tells nothing of the next.
+    with pytest.raises(TypeError, match="not supported between"):
+        prompted(ids, **sound, output_hidden_states="all")
+    with pytest.raises(ValueError, match="it would change nothing"):
+        prompted(ids, **sound, output_hidden_states=True)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="it would change nothing"):
+        torch.compile(prompted, backend="eager", dynamic=False)(ids, **sound)
     before = {name: one.clone() for name, one in model.state_dict().items()}
     with pytest.raises(ValueError, match="it would change nothing"), torch.autocast("cpu", torch.bfloat16):
         prompted.train()(ids, labels=ids, **sound)
