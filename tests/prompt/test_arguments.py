@@ -238,11 +238,17 @@ def test_audio_that_is_read_with_ids_alone_is_refused():
     # What the model itself says of them with ids is said of them.
     with pytest.raises(ValueError, match="Audio features and audio tokens do not match"):
         prompted(ids.repeat(2, 1), input_features=sound["input_features"])
+
     # A call that fails for another reason tells nothing of the next.
-    with pytest.raises(TypeError, match="not supported between"):
-        prompted(ids, **sound, output_hidden_states="all")
+    def fails(*_):
+        raise torch.OutOfMemoryError("simulated")
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        prompted(ids, **sound)
+    hook.remove()
     with pytest.raises(ValueError, match="it would change nothing"):
-        prompted(ids, **sound, output_hidden_states=True)
+        prompted(ids, **sound)
     torch._dynamo.reset()
     with pytest.raises(ValueError, match="it would change nothing"):
         torch.compile(prompted, backend="eager", dynamic=False)(ids, **sound)
