@@ -120,14 +120,22 @@ class ModelInfo:
                 "FastPTuning has mode='packed', too)"
             )
 
-    def check_arguments(self, given: Mapping[str, Any], input_ids: Tensor) -> None:
-        """ValueError for tensors among `given`, arguments of the forward, that go wrong behind a prompt."""
+    def check_arguments(self, given: Mapping[str, Any], input_ids: Tensor, m: int) -> None:
+        """ValueError for what of `given`, arguments of the forward, goes wrong behind m virtual tokens."""
+        states = given.get("encoder_outputs")
+        if states is not None and states[0].shape[1] != m + input_ids.shape[1]:
+            raise ValueError(
+                f"encoder_outputs have {states[0].shape[1]} columns, and {m} virtual tokens and {input_ids.shape[1]} "
+                f"tokens are {m + input_ids.shape[1]}: they would be those without the prompt, so leave them out, or "
+                "make them of what the prompt gives, model.get_encoder()(**prompt(...))"
+            )
         for name, value in given.items():
             if not torch.is_tensor(value) or name.startswith(_OF_OTHERS):
                 continue
             features = value.is_floating_point() and value.dim() > 2  # images, states: as many as tokens by chance
             positions = "position" in name and not name.startswith(_OF_IMAGES)
-            if (value.shape[:2] == input_ids.shape and not features) or positions or name in _OF_COLUMNS:
+            per_token = value.shape[:2] == input_ids.shape and not features and not name.startswith(_OF_REGIONS)
+            if per_token or positions or name in _OF_COLUMNS:
                 raise ValueError(
                     f"{name} is of columns that a prompt moves, and nobody knows what it is on the prompt's"
                 )
@@ -270,6 +278,7 @@ def _handed_on(model: Any) -> frozenset[str]:
 
 
 _OF_OTHERS = ("decoder_", "encoder_", "qformer_")  # what a name begins with that is of other rows than the text's
+_OF_REGIONS = ("pixel_", "visual_attention_mask", "visual_token_type_ids")  # which may be as many as tokens by chance
 _OF_COLUMNS = ("cls_index", "lengths", "image_text_alignment")
 _OF_IMAGES = ("image_", "pixel_", "video_", "audio_")  # what a name begins with whose positions are no columns
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")

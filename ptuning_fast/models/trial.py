@@ -120,7 +120,11 @@ def padded(rows: list[list[int]], side: str, padding: int, device: torch.device)
 
 
 def call(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
-    """The outputs of the model, and of what is below its head, which may not show anything (a new one is often 0)."""
+    """The outputs of the model, and of what is below its head, which may not show anything (a new one is often 0).
+
+    Of copies of `inputs`, as some models write into the embeddings that they are given (GIT, CTRL).
+    """
+    inputs = {name: one.clone() if torch.is_tensor(one) else one for name, one in inputs.items()}
     if has_decoder(model):  # without a cache, as in training: FSMT has another mask then
         inputs = inputs | {"decoder_input_ids": ids.new_tensor([[0, 1, 2]]).expand(len(ids), -1)}
         inputs |= {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

@@ -28,6 +28,7 @@ __all__ = ["PromptedModel"]
 
 _CACHES = {"past_key_values", "cache", "cache_params", "state", "mems"}
 _COLUMNS = ("start_positions", "end_positions")  # of the text, which the prompt moves
+_OF_IMAGES = ("vision_", "image_", "video_", "audio_")  # outputs, which may have as many rows as there are columns
 _NO_MATTER = ("use_cache", "return_dict")  # where the loss alone is asked for
 _WITHOUT_PROMPT = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
@@ -197,7 +198,9 @@ class PromptedModel(nn.Module):
             if name in _CACHES and value is not None:
                 raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
         own = (*_COLUMNS, "logits_to_keep")
-        self.prompt.info.check_arguments({name: kwargs[name] for name in kwargs if name not in own}, input_ids)
+        self.prompt.info.check_arguments(
+            {name: kwargs[name] for name in kwargs if name not in own}, input_ids, self.prompt.length
+        )
 
     def _check_trained(self) -> None:
         if not any(parameter.requires_grad for parameter in self.prompt.parameters()):
@@ -242,7 +245,10 @@ class PromptedModel(nn.Module):
         for name in _COLUMNS:
             if kwargs.get(name) is not None and not of_decoder:
                 kwargs[name] = kwargs[name].clamp(min=0) + m  # below 0 they are 0 to the model
-        kept = kwargs.pop("logits_to_keep", 0)
+        kept = None
+        if "logits_to_keep" in self.prompt.info.takes and not self.prompt.info.labels_are_rows:
+            kept = kwargs.pop("logits_to_keep", None)
+            kept = slice(-kept if kept else None, None) if isinstance(kept, int) else kept
         self.prompt.check_read(kwargs, laid_out)
         out = model(**(kwargs | inputs))
 
@@ -259,12 +265,13 @@ class PromptedModel(nn.Module):
             return rows[batch.attention_mask != 0][None] if flattened else rows
 
         for name in out.keys() - _CACHES:
-            if "attentions" not in name and (name.startswith("encoder_") or not of_decoder):  # [B, heads, ...]
+            of_text = name.startswith("encoder_") if of_decoder else not name.startswith(_OF_IMAGES)
+            if of_text and "attentions" not in name:  # [B, heads, ...]
                 out[name] = of_tokens(name, out[name])
         if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
             out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
-        if "logits" in out and (torch.is_tensor(kept) or kept):
-            out["logits"] = out.logits[:, kept if torch.is_tensor(kept) else slice(-kept, None)]
+        if kept is not None and "logits" in out:
+            out["logits"] = out.logits[:, kept]
         return out
 
     def _is_column(self, name: str) -> bool:

@@ -357,10 +357,11 @@ class SoftPrompt(Saving):
             new = 0 if self.info.has_decoder else most_new_tokens(self.model, options, columns)
             self.info.check_left(attention_mask, columns + new)
             self.info.check_steady(columns, new)
-        own = vars(self.model.generation_config)
-        beside = {name: value for name, value in options.items() if torch.is_tensor(value) and name not in own}
+        own = {*vars(self.model.generation_config), "labels"}  # those of Seq2SeqTrainer, which the model leaves alone
+        tensors = [name for name, value in options.items() if torch.is_tensor(value) or name == "encoder_outputs"]
+        beside = {name: options[name] for name in tensors if name not in own}
         if beside:
-            self.info.check_arguments(beside, input_ids)
+            self.info.check_arguments(beside, input_ids, self.length)
             self.check_read(beside, self.laid_out(*given, "prepend"))
         inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.

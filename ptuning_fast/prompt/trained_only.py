@@ -38,8 +38,10 @@ def trained_only(module: Module, also: Iterable[str] = (), perhaps: Iterable[str
 
 
 def marks_of_adapters(module: nn.Module) -> list[str]:
-    """What the names of parameters have in them that are of an adapter of PEFT's: `lora_`."""
-    return [str(part.prefix) for part in module.modules() if hasattr(part, "peft_config") and hasattr(part, "prefix")]
+    """What the names of parameters have in them that are of PEFT's adapters, in `module` or around it: `lora_A`."""
+    parts = list(module.modules())
+    marks = {str(part.prefix) for part in parts if hasattr(part, "peft_config") and hasattr(part, "prefix")}
+    return sorted(marks.union(*(getattr(part, "adapter_layer_names", ()) for part in parts)))
 
 
 def _trained(module: nn.Module) -> set[str]:

@@ -197,6 +197,76 @@ def gemma4():
     return transformers.Gemma4ForConditionalGeneration(config), ids, image
 
 
+def test_a_model_that_writes_into_its_embeddings_is_tried_with_copies_of_them():
+    """GIT adds positions to what it is given: once in a call, the first one with images among them."""
+    ids, mask = zoo.padded(zoo.texts([6, 6]), "right")
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": zoo.V}
+    config = transformers.GitConfig(vision_config=TOWER | {"image_size": 16}, **sizes)
+    torch.manual_seed(0)
+    model = transformers.GitForCausalLM(config).eval().requires_grad_(False)
+    rows = model.get_input_embeddings().weight[5:8].clone()
+    expected = model(**SoftPrompt(model, 3, init=rows)(ids, mask), pixel_values=images).logits
+    prompted = PromptedModel(model, 3, init=rows).eval()
+    for _ in range(2):
+        assert same(prompted(ids, mask, pixel_values=images).logits, expected)
+
+
+def test_states_of_an_encoder_that_has_not_seen_the_prompt_are_refused():
+    """They would go past it, in a call and in generate, where texts are of one length."""
+    (ids, mask), start = zoo.padded(zoo.texts([6, 6]), "right"), torch.tensor([[0, 5, 6]] * 2)
+    prompted = PromptedModel(zoo.build("T5"), 3).eval()
+    given = prompted.prompt(ids, mask)
+    states = prompted.get_encoder()(**given)
+    expected = prompted(ids, mask, decoder_input_ids=start).logits
+    assert same(prompted(ids, mask, decoder_input_ids=start, encoder_outputs=states).logits, expected)
+    new = prompted.generate(ids, mask, max_new_tokens=3)
+    assert torch.equal(prompted.generate(ids, mask, max_new_tokens=3, encoder_outputs=states), new)
+    states = prompted.get_encoder()(input_ids=ids, attention_mask=mask)
+    for call in (prompted, prompted.generate, prompted.prompt.generate):
+        more = {"decoder_input_ids": start} if call is prompted else {}
+        with pytest.raises(
+            ValueError, match=r"encoder_outputs have 6 columns, and 3 virtual tokens and 6 tokens are 9"
+        ):
+            call(ids, mask, encoder_outputs=states, **more)
+
+
+@pytest.mark.parametrize("width", [3, 6])
+def test_labels_that_seq2seq_trainer_hands_to_generate(width):
+    ids, mask = zoo.padded(zoo.texts([6, 6]), "right")
+    prompted = PromptedModel(zoo.build("T5"), 3).eval()
+    new = prompted.generate(ids, mask, max_new_tokens=3)
+    assert torch.equal(prompted.generate(ids, mask, labels=torch.ones(2, width).long(), max_new_tokens=3), new)
+
+
+@pytest.mark.parametrize("n", [5, 6, 9])
+def test_regions_of_images_that_are_as_many_as_columns(n):
+    """LXMERT's are 36 whatever the text: here 9, behind 3 virtual tokens."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 32, "visual_feat_dim": 8}
+    config = transformers.LxmertConfig(vocab_size=zoo.V, l_layers=1, x_layers=1, r_layers=1, **sizes)
+    model = transformers.LxmertModel(config).eval()
+    (ids, mask), draw = zoo.padded(zoo.texts([n, n]), "right"), torch.Generator().manual_seed(0)
+    regions = {name: torch.rand(2, 9, w, generator=draw) for name, w in (("visual_feats", 8), ("visual_pos", 4))}
+    regions["visual_attention_mask"] = torch.ones(2, 9)
+    with pytest.warns(UserWarning, match="could not be probed"):
+        prompted = PromptedModel(model, 3).eval()
+        out = prompted(ids, mask, **regions)
+    expected = model(**prompted.prompt(ids, mask), **regions)
+    assert same(out.vision_output, expected.vision_output)
+    assert same(out.language_output, expected.language_output[:, 3:])
+
+
+def test_logits_to_keep():
+    """Of those that take it: the classes of classifiers are no columns."""
+    ids, mask = zoo.padded(zoo.texts([6, 6]), "right")
+    llama = PromptedModel(zoo.build("Llama"), 3).eval()
+    whole = llama(ids, mask).logits
+    for kept, columns in ((0, [0, 1, 2, 3, 4, 5]), (2, [4, 5]), (torch.tensor([1, 3]), [1, 3]), (slice(1, 3), [1, 2])):
+        assert same(llama(ids, mask, logits_to_keep=kept).logits, whole[:, columns])
+    bert = PromptedModel(zoo.build("BERT", "BertForSequenceClassification", num_labels=4), 3).eval()
+    assert same(bert(ids, mask, logits_to_keep=2).logits, bert(ids, mask).logits)
+
+
 @pytest.mark.parametrize("made", [llava, gemma4])
 def test_images_behind_a_prompt(made):
     """As behind tokens that have the prompt's rows; positions of an image's patches are none of columns."""

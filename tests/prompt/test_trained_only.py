@@ -3,6 +3,7 @@
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file
 from torch import nn
 
 from ptuning_fast import FastPTuning, PromptedModel, trained_only
@@ -91,3 +92,36 @@ def test_frozen_parts_of_an_adapter(kind):
     assert torch.equal(one(ids, mask).logits, other(ids, mask).logits)
     assert all("q_proj" in name or "vera_" in name or name == "prompt.prompt_embeddings" for name in one.state_dict())
     assert not any("base_layer" in name for name in one.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"is_trainable": True}, {"low_cpu_mem_usage": True}], ids=str)
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+def test_an_adapter_of_pefts_around_it(tmp_path, method, options):
+    """PEFT saves and loads through the state dict, and loads for inference, frozen; second ones, too."""
+    peft = pytest.importorskip("peft")
+    more = {"feedforward_modules": []} if method == "IA3Config" else {"r": 2}
+    settings = getattr(peft, method)(target_modules=["q_proj", "v_proj"], **more)
+
+    def made():
+        model = zoo.build("Llama")
+        return PromptedModel(model, 3, init=model.get_input_embeddings().weight[5:8].clone()).eval()
+
+    around = peft.get_peft_model(made(), settings).eval()
+    with torch.no_grad():
+        for one in around.parameters():
+            if one.requires_grad:
+                one += 0.5
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    around.save_pretrained(tmp_path / "one")
+    again = peft.PeftModel.from_pretrained(made(), tmp_path / "one", **options).eval()
+    expected = around(input_ids=ids, attention_mask=mask).logits
+    assert not torch.allclose(made()(ids, mask).logits, expected, atol=0.1)
+    assert torch.equal(again(input_ids=ids, attention_mask=mask).logits, expected)
+    again.requires_grad_(False)
+    again.load_adapter(tmp_path / "one", "second")
+    again.set_adapter("second")
+    assert torch.equal(again(input_ids=ids, attention_mask=mask).logits, expected)
+    again.save_pretrained(tmp_path / "two")
+    for folder in (tmp_path / "two", tmp_path / "two" / "second"):
+        found = load_file(folder / "adapter_model.safetensors")
+        assert found and found.keys() == load_file(tmp_path / "one" / "adapter_model.safetensors").keys()
