@@ -1,9 +1,10 @@
-"""A fixed tenth of the sweep over transformers' text models, and those that have been wrong."""
+"""A fixed tenth of the sweep over transformers' text models, and those that have been wrong; and of their arguments."""
 
 import warnings
 
 import pytest
 import sweep
+import sweep_arguments
 import torch
 import transformers
 
@@ -44,3 +45,19 @@ def test_a_model_that_is_silently_wrong_is_found_out(monkeypatch, torch_backend)
     monkeypatch.setattr(packed, "NARROW", 10**6)
     found = sweep.sweep("phimoe", KINDS["phimoe"])
     assert found["sdpa"]["packed, right"].word == "WRONG"
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration", "VisualBertModel"])
+def test_no_argument_of_a_forward_is_silently_wrong(name, torch_backend):
+    verdicts, _ = sweep_arguments.arguments_of(name)
+    assert not {what: one for what, one in verdicts.items() if one.word not in ("equal", "refused", "-")}
+    assert sum(one.word == "equal" for one in verdicts.values()) > 5
+
+
+def test_an_argument_that_is_silently_wrong_is_found_out(monkeypatch, torch_backend):
+    """This sweep can fail, too: where nobody asks what a prompt moves."""
+    from ptuning_fast.models.info import ModelInfo
+
+    monkeypatch.setattr(ModelInfo, "check_arguments", lambda *_: None)
+    verdicts, _ = sweep_arguments.arguments_of("VisualBertModel")
+    assert verdicts["image_text_alignment 0"].word == "WRONG"
