@@ -45,6 +45,10 @@ class Given(NamedTuple):
     also: Any  # {name: Given}
 
 
+class Late(BaseException):
+    """Raised in the middle of anything."""
+
+
 class Asked(NamedTuple):
     """A model, of which the values of its arguments are."""
 
@@ -313,6 +317,10 @@ def judge(prompted: Any, given: dict[str, Given], ids: Tensor, tokens: Tensor, m
         return Verdict("fails" if isinstance(expected, dict) else "-", f"{type(error).__name__}: {error}")
     if isinstance(expected, str):
         return Verdict("taken", f"though behind tokens: {expected}")
+    if "logits_to_keep" in given:  # Moshi keeps those of its last states, too
+        expected.pop("last_hidden_state", None)
+    if type(prompted.model).__name__ == "XLNetForSequenceClassification" and (mask == 0).any():
+        expected.pop("loss", None)  # behind ids it reads the last column, be it padding; behind a prompt the last token
     found = differences(actual, expected, mask)
     if not found:
         return Verdict("equal")
@@ -376,7 +384,7 @@ def main() -> int:
         signal.alarm(SECONDS)
         try:
             found = arguments_of(name)
-        except TimeoutError:
+        except Late:
             found = f"takes more than {SECONDS} seconds"
         signal.alarm(0)
         if isinstance(found, str):
@@ -398,7 +406,7 @@ def main() -> int:
 
 
 def late(*_: Any) -> None:
-    raise TimeoutError
+    raise Late
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from ptuning_fast.files import adapter
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 
 def warned(load):
     with warnings.catch_warnings(record=True) as said:

@@ -26,6 +26,8 @@ MODELS = {
     "FEATURE_EXTRACTION": ("BERT", "BertModel"),
 }
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 
 def build(task):
     """A model with a head that is not the one that seed 0 gives it, as after training."""

@@ -17,6 +17,8 @@ from ptuning_fast.serving import heads
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 
 def classifier():
     """With a head that is not the one that seed 0 gives it, as after training."""
