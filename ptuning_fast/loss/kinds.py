@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from ..models.embedding import device_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.trial import ordinary_tokens, quietly
+from ..models.trial import ordinary_tokens, per_column, quietly
 
 __all__ = [
     "check_counted",
-    "gives_columns",
     "goes_by_items",
     "has_causal_loss",
     "hooks_of",
     "is_of_tokens",
+    "outputs_of_columns",
     "picks_by_mask",
     "short_text",
     "warn_of_ignored",
@@ -148,15 +148,16 @@ def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
         )
 
 
-def gives_columns(model: Any, info: ModelInfo) -> bool:
-    """Whether logits [B, S] are a number for each column, and not S classes: for texts of two lengths."""
+def outputs_of_columns(model: Any, info: ModelInfo) -> set[str]:
+    """Of the outputs [B, S] those that are a number for each column, and not S classes: for texts of two lengths."""
     inner = unwrapped(model)
     ids, _ = short_text(inner)
     with quietly(inner):
         try:
-            return all(inner(input_ids=ids[:, :n]).logits.shape == (1, n) for n in (ids.shape[1], ids.shape[1] - 1))
+            long, short = (per_column(inner(input_ids=ids[:, :n]), n) for n in (ids.shape[1], ids.shape[1] - 1))
         except Exception:  # whatever a model that needs more than ids does
-            return False
+            return set()
+    return long & short
 
 
 def warn_of_ignored(model: Any, info: ModelInfo) -> None:

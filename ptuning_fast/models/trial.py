@@ -21,6 +21,7 @@ __all__ = [
     "one_at_a_time",
     "ordinary_tokens",
     "padded",
+    "per_column",
     "quietly",
     "state",
 ]
@@ -147,6 +148,11 @@ def call(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
 def state(outputs: dict[str, Any]) -> Tensor:
     """Of these, [B, n, d] or [B, n, V]."""
     return outputs.get(BELOW, outputs.get("logits", next(iter(outputs.values()))))
+
+
+def per_column(outputs: Any, n: int) -> set[str]:
+    """The names of outputs that are a number for each of a text's n columns (or S classes, where n is S by chance)."""
+    return {name for name, one in outputs.items() if torch.is_tensor(one) and one.shape == (1, n)}
 
 
 BELOW = "last_hidden_state, below the head"

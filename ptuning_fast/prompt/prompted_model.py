@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import hub
-from ..loss.kinds import gives_columns
+from ..loss.kinds import outputs_of_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
 from ..models.info import check_tensors, has_adapter, prompts_in
@@ -277,7 +277,7 @@ class PromptedModel(nn.Module):
     def _is_column(self, name: str) -> bool:
         """Whether an output [B, S] has a number for each column, and not S classes or features."""
         of_columns = name in ("start_logits", "end_logits")
-        return of_columns or (name == "logits" and self.prompt.model_loss.find(gives_columns, self.model))
+        return of_columns or name in self.prompt.model_loss.find(outputs_of_columns, self.model)
 
     def _get_name(self) -> str:
         """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""
@@ -358,9 +358,11 @@ class PromptedModel(nn.Module):
         return hub.push(repo_id, lambda folder: self.save_pretrained(folder, figures=figures), **options)
 
     @classmethod
-    def from_pretrained(cls, model: Any, folder: str | Path, *, mode: str = "auto") -> "PromptedModel":
-        """The prompt in `folder`, before `model`, in eval mode; errors as of `SoftPrompt.from_pretrained`."""
-        return cls(model, mode=mode, prompt=SoftPrompt.from_pretrained(model, folder)).eval()
+    def from_pretrained(
+        cls, model: Any, folder: str | Path, *, mode: str = "auto", any_base: bool = False
+    ) -> "PromptedModel":
+        """The prompt in `folder`, before `model`, in eval mode; `any_base` and errors: `SoftPrompt.from_pretrained`'s."""
+        return cls(model, mode=mode, prompt=SoftPrompt.from_pretrained(model, folder, any_base=any_base)).eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What is the model's (`config`, `generation_config`, `loss_function`, ...) is set on the model."""

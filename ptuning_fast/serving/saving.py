@@ -73,7 +73,10 @@ class Saving(nn.Module):
         head |= {name: one for name, one in of_model.items() if name in self._came_with}
         for name in head:
             if not without_adapter(unwrapped(self.model), name):
-                raise ValueError(f"{name} has an adapter merged into it for now: call unmerge_adapter() before saving")
+                copied = "has a copy in its place (PEFT's modules_to_save): give the model its adapter first, "
+                copied += "PromptedModel(get_peft_model(model, ...)), or unload() the adapter before saving"
+                merged = "has an adapter merged into it for now: call unmerge_adapter() before saving"
+                raise ValueError(f"{name} {copied if 'original_module' in name else merged}")
         config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings
         settings = {"num_prompts": self.num_prompts, "encoder": encoder} | settings_of(self.model)

@@ -239,6 +239,7 @@ def test_another_model(tmp_path):
     with pytest.raises(ValueError, match="was trained on some/llama, and this is another/model"):
         SoftPrompt.from_pretrained(other, tmp_path)
     SoftPrompt.from_pretrained(other, tmp_path, any_base=True)
+    PromptedModel.from_pretrained(other, tmp_path, any_base=True)
     other.config._name_or_path = "/a/folder/llama"  # the same model somewhere else
     SoftPrompt.from_pretrained(other, tmp_path)
 

@@ -412,3 +412,14 @@ def test_a_head_that_cannot_be_brought(tmp_path):
     model = accelerate.cpu_offload(classifier(), execution_device="cpu")
     with pytest.raises(ValueError, match=r"is offloaded or sharded, and the adapter in .* load the adapter before"):
         SoftPrompt.from_pretrained(model, tmp_path)
+
+
+def test_a_head_with_pefts_copy_in_its_place_is_refused(tmp_path):
+    """Of an adapter that was put around the prompt; below it PEFT's copy is left to PEFT."""
+    prompted = PromptedModel(classifier(), 3)
+    around = peft.get_peft_model(prompted, peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    with pytest.raises(ValueError, match=r"has a copy in its place \(PEFT's modules_to_save\)"):
+        prompted.save_pretrained(tmp_path / "prompt")
+    assert not (tmp_path / "prompt").exists()
+    around.unload()
+    prompted.save_pretrained(tmp_path / "prompt")

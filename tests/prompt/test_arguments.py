@@ -256,6 +256,30 @@ def test_regions_of_images_that_are_as_many_as_columns(n):
     assert same(out.language_output, expected.language_output[:, 3:])
 
 
+class WithValues(transformers.LlamaForCausalLM):
+    """A value of each token, as reinforcement learning has it, and as many features of a row as it likes."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None, **kwargs
+    ):
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "labels": labels}
+        out = super().forward(input_ids, attention_mask, **given, **kwargs)
+        out["values"] = out.logits[..., 7]
+        return out
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("mode", ["auto", "prepend", "packed"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_number_for_each_token(mode, side):
+    ids, mask, _ = batch(side)
+    torch.manual_seed(0)
+    model = WithValues(zoo.build("Llama").config).eval().requires_grad_(False)
+    out = PromptedModel(model, 3, mode=mode).eval()(ids, mask)
+    assert out["values"].shape == ids.shape
+    assert torch.equal(out["values"][mask != 0], out.logits[..., 7][mask != 0])
+
+
 def test_logits_to_keep():
     """Of those that take it: the classes of classifiers are no columns."""
     ids, mask = zoo.padded(zoo.texts([6, 6]), "right")
