@@ -361,7 +361,7 @@ class PromptedModel(nn.Module):
     def from_pretrained(
         cls, model: Any, folder: str | Path, *, mode: str = "auto", any_base: bool = False
     ) -> "PromptedModel":
-        """The prompt in `folder`, before `model`, in eval mode; `any_base` and errors: `SoftPrompt.from_pretrained`'s."""
+        """The prompt in `folder`, before `model`, in eval mode; the rest as of `SoftPrompt.from_pretrained`."""
         return cls(model, mode=mode, prompt=SoftPrompt.from_pretrained(model, folder, any_base=any_base)).eval()
 
     def __setattr__(self, name: str, value: Any) -> None:

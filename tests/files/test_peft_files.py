@@ -12,7 +12,7 @@ import transformers
 import zoo
 from same_outputs import assert_same_outputs
 
-from ptuning_fast import FastPTuning, SoftPrompt
+from ptuning_fast import FastPTuning, PromptedModel, SoftPrompt
 from ptuning_fast.files import adapter
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
