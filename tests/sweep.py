@@ -1,6 +1,6 @@
 """Every text model of transformers, tiny and with random weights: is a text in a batch what it is alone, in each mode?
 
-python tests/sweep.py                     all of them; writes the table of docs/models.md anew (two minutes)
+python tests/sweep.py                     all of them; writes the table of docs/models.md anew (ten minutes)
 python tests/sweep.py llama gemma2        these alone, to the screen, with what was refused and why
 """
 

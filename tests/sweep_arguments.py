@@ -1,6 +1,6 @@
 """Every argument that a forward of transformers takes: is it behind a prompt what it is behind the prompt's own tokens?
 
-python tests/sweep_arguments.py                           every class that can be built, some 600 (ten minutes)
+python tests/sweep_arguments.py                           every class that can be built, some 600 (half an hour)
 python tests/sweep_arguments.py BertForMaskedLM T5Model   these alone, with what was refused and why
 
 A PromptedModel's prompt is made of tokens, so a model that has those tokens in its input_ids is the truth. An argument

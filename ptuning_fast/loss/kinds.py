@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.embedding import device_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.trial import ordinary_tokens, per_column, quietly
+from ..models.trial import Path, call, ordinary_tokens, per_column, quietly, tensors_of
 
 __all__ = [
     "check_counted",
@@ -148,16 +148,17 @@ def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
         )
 
 
-def outputs_of_columns(model: Any, info: ModelInfo) -> set[str]:
-    """Of the outputs [B, S] those that are a number for each column, and not S classes: for texts of two lengths."""
+def outputs_of_columns(model: Any, info: ModelInfo) -> dict[Path, bool]:
+    """Which outputs have a row or a number for each column, and not as many classes: for texts of two lengths."""
     inner = unwrapped(model)
-    ids, _ = short_text(inner)
+    texts = [short_text(inner, n)[0] for n in (6, 5)]
     with quietly(inner):
         try:
-            long, short = (per_column(inner(input_ids=ids[:, :n]), n) for n in (ids.shape[1], ids.shape[1] - 1))
+            found = [call(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids) for ids in texts]
         except Exception:  # whatever a model that needs more than ids does
-            return set()
-    return long & short
+            return {}
+    long, short = (per_column(out, ids.shape[1]) for out, ids in zip(found, texts))
+    return {path: path in long and path in short for path, _ in tensors_of(found[0])}
 
 
 def warn_of_ignored(model: Any, info: ModelInfo) -> None:

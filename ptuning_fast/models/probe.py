@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..op import Batch, Prompt
 from .embedding import device_of, rows_of
 from .families import family_of
-from .trial import BELOW, call, ordinary_tokens, padded, per_column, quietly, state
+from .trial import BELOW, Path, call, ordinary_tokens, padded, per_column, quietly, state
 
 __all__ = [
     "Outcome",
@@ -99,8 +99,8 @@ def _probe(
                 with _dtypes_of_outputs(model, dtypes):
                     of_texts.append(call(model, given, ids))
             widths = [LENGTH + n for n in lengths]
-            numbers = set.intersection(*map(per_column, of_texts, widths))
-            expected = [_of_row(out, 0, slice(None), n, numbers, of_columns) for out, n in zip(of_texts, widths)]
+            columnwise = set.intersection(*map(per_column, of_texts, widths))
+            expected = [_of_row(out, 0, slice(None), n, columnwise, of_columns) for out, n in zip(of_texts, widths)]
             prompt = Prompt(rows_of(table, torch.tensor(first, device=device)).float())
         except Exception as error:  # whatever a model that needs more than ids does
             return Outcome(None, None, None, f"it cannot be called with ids alone: {error}", 0.0)
@@ -117,7 +117,7 @@ def _probe(
             except (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError, AttributeError) as error:
                 errors.append(str(error))
                 return None
-            found = [_of_row(out, row, place, served.columns, numbers, of_columns) for row, place in served.places]
+            found = [_of_row(out, row, place, served.columns, columnwise, of_columns) for row, place in served.places]
             pairs = [(one, _last(other, one)) for one, other in zip(found, truth)]
             return max(off_by([_shared(one, other)], [_shared(other, one)]) for one, other in pairs)
 
@@ -229,13 +229,15 @@ def _shared(outputs: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, 
     return {name: value for name, value in outputs.items() if name in others or name != BELOW}
 
 
-def _of_row(out: Any, row: int, place: slice, columns: int, numbers: set[str], of_columns: bool) -> dict[str, Tensor]:
-    """The outputs of one row of the batch; where they are one per column, as `numbers` are, those in `place`."""
+def _of_row(
+    out: Any, row: int, place: slice, columns: int, columnwise: set[Path], of_columns: bool
+) -> dict[str, Tensor]:
+    """The outputs of one row of the batch; where they are one per column, as `columnwise` are, those in `place`."""
     found = {}
     for name, value in out.items():
         if torch.is_tensor(value) and value.is_floating_point() and value.dim() >= 2 and row < len(value):
             value = value[row].float()
-            if (value.dim() > 1 or name in numbers) and value.shape[0] == columns:
+            if (name,) in columnwise and value.shape[0] == columns:
                 found[name] = value[place]
             elif not of_columns:
                 found[name] = value

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .info import has_decoder
 
 __all__ = [
     "BELOW",
+    "Path",
     "call",
     "held_by",
     "is_changed",
@@ -24,8 +25,10 @@ __all__ = [
     "per_column",
     "quietly",
     "state",
+    "tensors_of",
 ]
 
+Path = tuple[Any, ...]
 Held = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
@@ -150,9 +153,21 @@ def state(outputs: dict[str, Any]) -> Tensor:
     return outputs.get(BELOW, outputs.get("logits", next(iter(outputs.values()))))
 
 
-def per_column(outputs: Any, n: int) -> set[str]:
-    """The names of outputs that are a number for each of a text's n columns (or S classes, where n is S by chance)."""
-    return {name for name, one in outputs.items() if torch.is_tensor(one) and one.shape == (1, n)}
+def tensors_of(outputs: Any, *path: Any) -> Iterator[tuple[Path, Tensor]]:
+    """Each tensor among `outputs`, behind the names and numbers by which it is found there."""
+    if torch.is_tensor(outputs):
+        yield path, outputs
+    elif isinstance(outputs, Mapping):
+        for name, one in outputs.items():
+            yield from tensors_of(one, *path, name)
+    elif isinstance(outputs, (tuple, list)):
+        for place, one in enumerate(outputs):
+            yield from tensors_of(one, *path, place)
+
+
+def per_column(outputs: Any, n: int) -> set[Path]:
+    """Which outputs have a row or a number for each of a text's n columns (or n of something else, by chance)."""
+    return {path for path, one in tensors_of(outputs) if one.shape[:2] == (1, n)}
 
 
 BELOW = "last_hidden_state, below the head"

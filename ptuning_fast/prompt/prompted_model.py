@@ -1,8 +1,9 @@
 """PromptedModel: a model and its prompt as one module, with the model's own call."""
 
+import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ __all__ = ["PromptedModel"]
 _CACHES = {"past_key_values", "cache", "cache_params", "state", "mems"}
 _COLUMNS = ("start_positions", "end_positions")  # of the text, which the prompt moves
 _OF_IMAGES = ("vision_", "image_", "video_", "audio_")  # outputs, which may have as many rows as there are columns
+_NUMBERS = ("start_logits", "end_logits")  # one for each column
 _NO_MATTER = ("use_cache", "return_dict")  # where the loss alone is asked for
 _WITHOUT_PROMPT = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
@@ -53,6 +55,13 @@ def _signature(function: Callable, model: Any) -> inspect.Signature:
     names = inspect.signature(model.forward).parameters.keys() - {"self", "args", "kwargs", *(one.name for one in own)}
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in sorted(names)]
     return inspect.Signature([one.replace(annotation=inspect.Parameter.empty) for one in [*own, *more, rest]])
+
+
+def _by_name(name: str, rows: Tensor) -> bool:
+    """Whether an output as wide as the batch has a row for each column, where that could not be tried."""
+    if rows.dim() == 2 and torch.compiler.is_compiling() and name not in _NUMBERS:
+        raise ValueError(f"call it once without torch.compile: whether {name} is of columns has to be tried")
+    return rows.dim() > 2 or name in _NUMBERS
 
 
 def _perhaps_a_head(model: Any) -> str | None:
@@ -252,14 +261,16 @@ class PromptedModel(nn.Module):
         self.prompt.check_read(kwargs, laid_out)
         out = model(**(kwargs | inputs))
 
-        def of_tokens(name: str, rows: Any) -> Any:
-            if isinstance(rows, tuple):
-                return tuple(of_tokens(name, one) for one in rows)
-            if (
-                not torch.is_tensor(rows)
-                or rows.shape[:2] != columns
-                or (rows.dim() == 2 and not self._is_column(name))
-            ):
+        known = self.prompt.model_loss.known(outputs_of_columns, self.model, {})
+
+        def of_tokens(rows: Any, *path: Any) -> Any:
+            if isinstance(rows, Mapping):
+                laid: Any = copy.copy(rows)
+                laid.update({name: of_tokens(one, *path, name) for name, one in rows.items()})
+                return laid
+            if isinstance(rows, (tuple, list)):
+                return type(rows)(of_tokens(one, *path, place) for place, one in enumerate(rows))
+            if not torch.is_tensor(rows) or rows.shape[:2] != columns or not known.get(path, _by_name(path[0], rows)):
                 return rows
             rows = mode.of_tokens(rows, inputs, batch, m)
             return rows[batch.attention_mask != 0][None] if flattened else rows
@@ -267,17 +278,12 @@ class PromptedModel(nn.Module):
         for name in out.keys() - _CACHES:
             of_text = name.startswith("encoder_") if of_decoder else not name.startswith(_OF_IMAGES)
             if of_text and "attentions" not in name:  # [B, heads, ...]
-                out[name] = of_tokens(name, out[name])
+                out[name] = of_tokens(out[name], name)
         if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
             out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
         if kept is not None and "logits" in out:
             out["logits"] = out.logits[:, kept]
         return out
-
-    def _is_column(self, name: str) -> bool:
-        """Whether an output [B, S] has a number for each column, and not S classes or features."""
-        of_columns = name in ("start_logits", "end_logits")
-        return of_columns or name in self.prompt.model_loss.find(outputs_of_columns, self.model)
 
     def _get_name(self) -> str:
         """The model's class, by which Trainer's label smoothing tells whether labels are those of the next token."""

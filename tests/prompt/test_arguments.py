@@ -257,7 +257,7 @@ def test_regions_of_images_that_are_as_many_as_columns(n):
 
 
 class WithValues(transformers.LlamaForCausalLM):
-    """A value of each token, as reinforcement learning has it, and as many features of a row as it likes."""
+    """A value of each token, as reinforcement learning has it, and nine classes, as many as the probe has columns."""
 
     def forward(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None, **kwargs
@@ -265,6 +265,8 @@ class WithValues(transformers.LlamaForCausalLM):
         given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "labels": labels}
         out = super().forward(input_ids, attention_mask, **given, **kwargs)
         out["values"] = out.logits[..., 7]
+        out["more"] = ({"values": out["values"], "two": out.logits},)
+        out["classes"] = self.lm_head.weight[:9].expand(len(out.logits), -1, -1)
         return out
 
 
@@ -276,8 +278,13 @@ def test_a_number_for_each_token(mode, side):
     torch.manual_seed(0)
     model = WithValues(zoo.build("Llama").config).eval().requires_grad_(False)
     out = PromptedModel(model, 3, mode=mode).eval()(ids, mask)
-    assert out["values"].shape == ids.shape
-    assert torch.equal(out["values"][mask != 0], out.logits[..., 7][mask != 0])
+    for values in (out["values"], out["more"][0]["values"]):
+        assert values.shape == ids.shape
+        assert torch.equal(values[mask != 0], out.logits[..., 7][mask != 0])
+    assert torch.equal(out["more"][0]["two"], out.logits)
+    for n in (5, 6, 7):  # behind three virtual tokens there are nine columns in one of these
+        ids = torch.stack(zoo.texts([n, n]))
+        assert PromptedModel(model, 3, mode="prepend").eval()(ids)["classes"].shape[1] == 9
 
 
 def test_logits_to_keep():
