@@ -260,17 +260,20 @@ class PromptedModel(nn.Module):
             kept = slice(-kept if kept else None, None) if isinstance(kept, int) else kept
         self.prompt.check_read(kwargs, laid_out)
         out = model(**(kwargs | inputs))
-
         known = self.prompt.model_loss.known(outputs_of_columns, self.model, {})
 
         def of_tokens(rows: Any, *path: Any) -> Any:
             if isinstance(rows, Mapping):
                 laid: Any = copy.copy(rows)
-                laid.update({name: of_tokens(one, *path, name) for name, one in rows.items()})
+                for name, one in rows.items():
+                    laid[name] = of_tokens(one, *path, name)
                 return laid
             if isinstance(rows, (tuple, list)):
-                return type(rows)(of_tokens(one, *path, place) for place, one in enumerate(rows))
-            if not torch.is_tensor(rows) or rows.shape[:2] != columns or not known.get(path, _by_name(path[0], rows)):
+                made = getattr(type(rows), "_make", type(rows))  # the former: of a namedtuple
+                return made(of_tokens(one, *path, place) for place, one in enumerate(rows))
+            if not torch.is_tensor(rows) or rows.shape[:2] != columns:
+                return rows
+            if not (known[path] if path in known else _by_name(path[0], rows)):
                 return rows
             rows = mode.of_tokens(rows, inputs, batch, m)
             return rows[batch.attention_mask != 0][None] if flattened else rows

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -256,6 +257,11 @@ def test_regions_of_images_that_are_as_many_as_columns(n):
     assert same(out.language_output, expected.language_output[:, 3:])
 
 
+class Pair(NamedTuple):
+    one: object
+    other: list
+
+
 class WithValues(transformers.LlamaForCausalLM):
     """A value of each token, as reinforcement learning has it, and nine classes, as many as the probe has columns."""
 
@@ -265,7 +271,8 @@ class WithValues(transformers.LlamaForCausalLM):
         given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "labels": labels}
         out = super().forward(input_ids, attention_mask, **given, **kwargs)
         out["values"] = out.logits[..., 7]
-        out["more"] = ({"values": out["values"], "two": out.logits},)
+        nested = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=out.logits)
+        out["more"] = ({"values": out["values"], "two": out.logits}, Pair(nested, [out["values"]]))
         out["classes"] = self.lm_head.weight[:9].expand(len(out.logits), -1, -1)
         return out
 
@@ -278,10 +285,11 @@ def test_a_number_for_each_token(mode, side):
     torch.manual_seed(0)
     model = WithValues(zoo.build("Llama").config).eval().requires_grad_(False)
     out = PromptedModel(model, 3, mode=mode).eval()(ids, mask)
-    for values in (out["values"], out["more"][0]["values"]):
+    for values in (out["values"], out["more"][0]["values"], out["more"][1].other[0]):
         assert values.shape == ids.shape
         assert torch.equal(values[mask != 0], out.logits[..., 7][mask != 0])
     assert torch.equal(out["more"][0]["two"], out.logits)
+    assert torch.equal(out["more"][1].one.last_hidden_state, out.logits)
     for n in (5, 6, 7):  # behind three virtual tokens there are nine columns in one of these
         ids = torch.stack(zoo.texts([n, n]))
         assert PromptedModel(model, 3, mode="prepend").eval()(ids)["classes"].shape[1] == 9
