@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.embedding import device_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.trial import Path, call, ordinary_tokens, per_column, quietly, tensors_of
+from ..models.trial import Path, autocast_of, call, ordinary_tokens, per_column, quietly, tensors_of
 
 __all__ = [
     "check_counted",
@@ -151,13 +151,14 @@ def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
 def outputs_of_columns(model: Any, info: ModelInfo) -> dict[Path, bool]:
     """Which outputs have a row or a number for each column, and not as many classes: for texts of two lengths."""
     inner = unwrapped(model)
-    texts = [short_text(inner, n)[0] for n in (6, 5)]
-    with quietly(inner):
+    cast = autocast_of(device_of(inner.get_input_embeddings()))
+    with quietly(inner), cast:
         try:
+            texts = [short_text(inner, n)[0].repeat(2, 1) for n in (6, 5)]
             found = [call(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids) for ids in texts]
         except Exception:  # whatever a model that needs more than ids does
             return {}
-    long, short = (per_column(out, ids.shape[1]) for out, ids in zip(found, texts))
+    long, short = (per_column(out, ids.shape[1], 2) for out, ids in zip(found, texts))
     return {path: path in long and path in short for path, _ in tensors_of(found[0])}
 
 

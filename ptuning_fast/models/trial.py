@@ -15,6 +15,7 @@ from .info import has_decoder
 __all__ = [
     "BELOW",
     "Path",
+    "autocast_of",
     "call",
     "held_by",
     "is_changed",
@@ -113,6 +114,11 @@ def ordinary_tokens(config: Any, V: int, count: int) -> list[int]:
     return (ordinary[len(ordinary) // 4 :: step] + ordinary)[:count]
 
 
+def autocast_of(device: torch.device) -> torch.autocast:
+    """Autocast as it is now, for where a trial is to be as the call (some models fail without it)."""
+    return torch.autocast(device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type))
+
+
 def padded(rows: list[list[int]], side: str, padding: int, device: torch.device) -> Batch:
     """Texts as a batch [B, n], padded with the token `padding` on one side."""
     n = max(map(len, rows))
@@ -165,9 +171,9 @@ def tensors_of(outputs: Any, *path: Any) -> Iterator[tuple[Path, Tensor]]:
             yield from tensors_of(one, *path, place)
 
 
-def per_column(outputs: Any, n: int) -> set[Path]:
-    """Which outputs have a row or a number for each of a text's n columns (or n of something else, by chance)."""
-    return {path for path, one in tensors_of(outputs) if one.shape[:2] == (1, n)}
+def per_column(outputs: Any, n: int, B: int = 1) -> set[Path]:
+    """Which outputs have a row or a number for each of n columns of B texts (or n of something else, by chance)."""
+    return {path for path, one in tensors_of(outputs) if one.shape[:2] == (B, n)}
 
 
 BELOW = "last_hidden_state, below the head"
@@ -188,13 +194,12 @@ def is_read(model: Any, inputs: dict[str, Any], batch: Batch, given: dict[str, A
     own |= {"token_type_ids": batch.token_type_ids}
     ids = {key: value for key, value in own.items() if value is not None}
     other = torch.arange(given[name].numel(), device=given[name].device).sin().view_as(given[name]).to(given[name])
-    device = batch.input_ids.device.type
-    cast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def changes(inputs: dict[str, Any]) -> bool:
         found = [state(call(model, inputs | given | {name: one}, batch.input_ids)) for one in (given[name], other)]
         return not torch.equal(*(one.nan_to_num() for one in found))
 
+    cast = autocast_of(batch.input_ids.device)
     with quietly(model), cast:
         try:
             if changes(inputs):

@@ -16,6 +16,7 @@ from ..loss.kinds import outputs_of_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
 from ..models.info import check_tensors, has_adapter, prompts_in
+from ..models.trial import tensors_of
 from ..modes.flattened import FLATTENED
 from ..serving import heads
 from .generate import count_new_tokens
@@ -30,6 +31,7 @@ __all__ = ["PromptedModel"]
 _CACHES = {"past_key_values", "cache", "cache_params", "state", "mems"}
 _COLUMNS = ("start_positions", "end_positions")  # of the text, which the prompt moves
 _OF_IMAGES = ("vision_", "image_", "video_", "audio_")  # outputs, which may have as many rows as there are columns
+_STATES = ("hidden_states", "last_hidden_state", "encoder_hidden_states", "encoder_last_hidden_state")
 _NUMBERS = ("start_logits", "end_logits")  # one for each column
 _NO_MATTER = ("use_cache", "return_dict")  # where the loss alone is asked for
 _WITHOUT_PROMPT = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -58,10 +60,25 @@ def _signature(function: Callable, model: Any) -> inspect.Signature:
 
 
 def _by_name(name: str, rows: Tensor) -> bool:
-    """Whether an output as wide as the batch has a row for each column, where that could not be tried."""
-    if rows.dim() == 2 and torch.compiler.is_compiling() and name not in _NUMBERS:
+    """Whether the name and dimensions of an output of transformers' own say that it has a row for each column."""
+    return rows.dim() < 2 or name in _STATES or (rows.dim() == 2 if name in _NUMBERS else rows.dim() > 2)
+
+
+def _untried(name: str, taken: bool) -> bool:
+    """`taken`, whether an output as wide as the batch passes for one with a row for each column; a warning of it.
+
+    It does in a packed batch, whose width is that of nothing else, and where it has three dimensions.
+    """
+    if name in _STATES or (taken and name == "logits"):
+        return True
+    if torch.compiler.is_compiling():
         raise ValueError(f"call it once without torch.compile: whether {name} is of columns has to be tried")
-    return rows.dim() > 2 or name in _NUMBERS
+    warnings.warn(
+        f"whether {name} has a row for each column could not be tried, as short texts alone do not give it: "
+        f"{'its rows' if taken else 'no rows'} on virtual tokens are taken out",
+        stacklevel=5,
+    )
+    return taken
 
 
 def _perhaps_a_head(model: Any) -> str | None:
@@ -260,7 +277,16 @@ class PromptedModel(nn.Module):
             kept = slice(-kept if kept else None, None) if isinstance(kept, int) else kept
         self.prompt.check_read(kwargs, laid_out)
         out = model(**(kwargs | inputs))
-        known = self.prompt.model_loss.known(outputs_of_columns, self.model, {})
+        own = not class_of(unwrapped(self.model)).__module__.startswith("transformers.")
+        of_text = [
+            name
+            for name in out.keys() - _CACHES  # attentions are [B, heads, ...]
+            if "attentions" not in name
+            and (name.startswith("encoder_") if of_decoder else not name.startswith(_OF_IMAGES))
+        ]
+        # Whatever widths there are by chance: a trial of a sharded model is one of all processes.
+        unnamed = own or any(not _by_name(name, one) for name in of_text for _, one in tensors_of(out[name]))
+        known = self.prompt.model_loss.known(outputs_of_columns, self.model, {}) if unnamed else {}
 
         def of_tokens(rows: Any, *path: Any) -> Any:
             if isinstance(rows, Mapping):
@@ -273,15 +299,17 @@ class PromptedModel(nn.Module):
                 return made(of_tokens(one, *path, place) for place, one in enumerate(rows))
             if not torch.is_tensor(rows) or rows.shape[:2] != columns:
                 return rows
-            if not (known[path] if path in known else _by_name(path[0], rows)):
-                return rows
+            if path in known:
+                if not known[path]:
+                    return rows
+            elif own or not _by_name(path[0], rows):
+                if not _untried(path[0], rows.dim() > 2 or mode.packed):
+                    return rows
             rows = mode.of_tokens(rows, inputs, batch, m)
             return rows[batch.attention_mask != 0][None] if flattened else rows
 
-        for name in out.keys() - _CACHES:
-            of_text = name.startswith("encoder_") if of_decoder else not name.startswith(_OF_IMAGES)
-            if of_text and "attentions" not in name:  # [B, heads, ...]
-                out[name] = of_tokens(out[name], name)
+        for name in of_text:
+            out[name] = of_tokens(out[name], name)
         if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
             out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
         if kept is not None and "logits" in out:

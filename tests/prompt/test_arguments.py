@@ -295,6 +295,50 @@ def test_a_number_for_each_token(mode, side):
         assert PromptedModel(model, 3, mode="prepend").eval()(ids)["classes"].shape[1] == 9
 
 
+class WithMore(transformers.LlamaForCausalLM):
+    """Outputs that two short texts alone do not give."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        labels=None,
+        more=False,
+        **kwargs,
+    ):
+        out = super().forward(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, labels=labels, **kwargs
+        )
+        if more:
+            out["values"] = out.logits[..., 7]
+        return out
+
+
+@pytest.mark.parametrize(("mode", "taken", "columns"), [("prepend", "no", 9), ("packed", "its", 6)])
+def test_outputs_that_cannot_be_tried_are_warned_of(mode, taken, columns):
+    ids = torch.stack(zoo.texts([6, 6]))
+    prompted = PromptedModel(WithMore(zoo.build("Llama").config).eval().requires_grad_(False), 3, mode=mode).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prompted(ids)
+    with pytest.warns(
+        UserWarning, match=f"values has a row for each column could not be tried.*{taken} rows on virtual"
+    ):
+        assert prompted(ids, more=True)["values"].shape == (2, columns)
+
+
+def test_a_known_model_is_not_called_for_its_outputs():
+    """Whoever looks at its layers sees the call alone."""
+    model, seen = zoo.build("Llama"), []
+    prompted = PromptedModel(model, 3, mode="prepend").eval()
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    ids = torch.stack(zoo.texts([6, 6]))
+    prompted(ids, output_hidden_states=True)
+    assert seen == [1]
+
+
 def test_logits_to_keep():
     """Of those that take it: the classes of classifiers are no columns."""
     ids, mask = zoo.padded(zoo.texts([6, 6]), "right")
