@@ -98,6 +98,10 @@ def texts(lengths=TEXTS):
     return [torch.randint(3, V, (length,), generator=generator) for length in lengths]
 
 
+def same(one, other):
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def padded(rows, side):
     """(input_ids, attention_mask) [B, n] of ragged rows; what stands under the padding does not matter."""
     n = max(map(len, rows))

@@ -1,10 +1,9 @@
-"""Arguments and outputs of a model that a prompt moves: right behind it, or refused; and what is set on the wrapper."""
+"""Arguments of a model that a prompt moves: right behind it, or refused; and what is set on the wrapper."""
 
 import pickle
 import subprocess
 import sys
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,10 +19,6 @@ pytestmark = pytest.mark.usefixtures("torch_backend")
 def batch(side="right"):
     ids, mask = zoo.padded(zoo.texts(), side)
     return ids, mask, ids.masked_fill(mask == 0, -100)
-
-
-def same(one, other):
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_trainer_drops_no_column_that_the_model_takes(tmp_path):
@@ -64,49 +59,9 @@ def test_what_is_one_per_row_is_not_packed(training, more):
     states = torch.randn(len(ids), ids.shape[1] + more, zoo.D)
     out = prompted(ids, mask, encoder_hidden_states=states)
     expected = model(**prompted.prompt(ids, mask), encoder_hidden_states=states).logits[:, 3:]
-    assert same(out.logits[mask != 0], expected[mask != 0])
+    assert zoo.same(out.logits[mask != 0], expected[mask != 0])
     with pytest.raises(TypeError, match="states of each row"):
         prompted.prompt(ids, mask, mode="packed")
-
-
-def test_pooled_outputs():
-    """Of a packed batch there is none, and one that is as wide as a text is long is none per column."""
-    model = zoo.build("BERT")
-    ids, mask, _ = batch()
-    assert PromptedModel(model, 3, mode="packed")(ids, mask).pooler_output is None
-    prompted = PromptedModel(model, 3, mode="prepend").eval()
-    for n in (4, zoo.D - 3, zoo.D):
-        ids = torch.randint(5, 90, (2, n))
-        assert prompted(ids).pooler_output.shape == (2, zoo.D)
-
-
-@pytest.mark.parametrize("name", ["Llama", "BERT"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_hidden_states_of_classifiers_stand_with_their_tokens(name, side):
-    """Decoders are given their padding on the left, encoders on the right, whatever the batch has."""
-    model = zoo.build(name, {"Llama": "LlamaForSequenceClassification", "BERT": "BertForSequenceClassification"}[name])
-    prompted = PromptedModel(model, 3).eval()
-    found = prompted(*batch(side)[:2], output_hidden_states=True).hidden_states[-1]
-    for row, text in enumerate(zoo.texts()):
-        alone = prompted(text[None], torch.ones_like(text)[None], output_hidden_states=True).hidden_states[-1][0]
-        assert same(found[row][batch(side)[1][row] != 0], alone)
-
-
-def test_an_encoder_whose_config_is_that_of_both():
-    kind = transformers.UMT5ForTokenClassification
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": zoo.V}
-    prompted = PromptedModel(kind(kind.config_class(**sizes)), 3).eval()
-    assert prompted.config.is_encoder_decoder
-    ids, mask, _ = batch()
-    assert prompted(ids, mask).logits.shape[:2] == ids.shape
-
-
-def test_encoder_states_have_no_rows_of_the_prompt():
-    t5 = PromptedModel(zoo.build("T5"), 3).eval()
-    ids, mask, _ = batch()
-    out = t5(ids, mask, decoder_input_ids=ids[:, :2], output_hidden_states=True)
-    assert out.encoder_last_hidden_state.shape[:2] == ids.shape
-    assert out.encoder_hidden_states[0].shape[:2] == ids.shape and out.logits.shape[1] == 2
 
 
 def test_a_decoders_answers_are_in_its_own_columns():
@@ -117,7 +72,7 @@ def test_a_decoders_answers_are_in_its_own_columns():
     places = {"start_positions": torch.tensor([1, 0, 1, 0]), "end_positions": torch.tensor([1, 1, 1, 0])}
     own = {"decoder_input_ids": ids[:, :2].clamp(min=5)}
     loss = prompted(ids, mask, **own, **places).loss
-    assert same(loss, model(**prompted.prompt(ids, mask), **own, **places).loss)
+    assert zoo.same(loss, model(**prompted.prompt(ids, mask), **own, **places).loss)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +165,7 @@ def test_a_model_that_writes_into_its_embeddings_is_tried_with_copies_of_them():
     expected = model(**SoftPrompt(model, 3, init=rows)(ids, mask), pixel_values=images).logits
     prompted = PromptedModel(model, 3, init=rows).eval()
     for _ in range(2):
-        assert same(prompted(ids, mask, pixel_values=images).logits, expected)
+        assert zoo.same(prompted(ids, mask, pixel_values=images).logits, expected)
 
 
 def test_states_of_an_encoder_that_has_not_seen_the_prompt_are_refused():
@@ -220,7 +175,7 @@ def test_states_of_an_encoder_that_has_not_seen_the_prompt_are_refused():
     given = prompted.prompt(ids, mask)
     states = prompted.get_encoder()(**given)
     expected = prompted(ids, mask, decoder_input_ids=start).logits
-    assert same(prompted(ids, mask, decoder_input_ids=start, encoder_outputs=states).logits, expected)
+    assert zoo.same(prompted(ids, mask, decoder_input_ids=start, encoder_outputs=states).logits, expected)
     new = prompted.generate(ids, mask, max_new_tokens=3)
     assert torch.equal(prompted.generate(ids, mask, max_new_tokens=3, encoder_outputs=states), new)
     states = prompted.get_encoder()(input_ids=ids, attention_mask=mask)
@@ -240,116 +195,6 @@ def test_labels_that_seq2seq_trainer_hands_to_generate(width):
     assert torch.equal(prompted.generate(ids, mask, labels=torch.ones(2, width).long(), max_new_tokens=3), new)
 
 
-@pytest.mark.parametrize("n", [5, 6, 9])
-def test_regions_of_images_that_are_as_many_as_columns(n):
-    """LXMERT's are 36 whatever the text: here 9, behind 3 virtual tokens."""
-    sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 32, "visual_feat_dim": 8}
-    config = transformers.LxmertConfig(vocab_size=zoo.V, l_layers=1, x_layers=1, r_layers=1, **sizes)
-    model = transformers.LxmertModel(config).eval()
-    (ids, mask), draw = zoo.padded(zoo.texts([n, n]), "right"), torch.Generator().manual_seed(0)
-    regions = {name: torch.rand(2, 9, w, generator=draw) for name, w in (("visual_feats", 8), ("visual_pos", 4))}
-    regions["visual_attention_mask"] = torch.ones(2, 9)
-    with pytest.warns(UserWarning, match="could not be probed"):
-        prompted = PromptedModel(model, 3).eval()
-        out = prompted(ids, mask, **regions)
-    expected = model(**prompted.prompt(ids, mask), **regions)
-    assert same(out.vision_output, expected.vision_output)
-    assert same(out.language_output, expected.language_output[:, 3:])
-
-
-class Pair(NamedTuple):
-    one: object
-    other: list
-
-
-class WithValues(transformers.LlamaForCausalLM):
-    """A value of each token, as reinforcement learning has it, and nine classes, as many as the probe has columns."""
-
-    def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None, **kwargs
-    ):
-        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "labels": labels}
-        out = super().forward(input_ids, attention_mask, **given, **kwargs)
-        out["values"] = out.logits[..., 7]
-        nested = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=out.logits)
-        out["more"] = ({"values": out["values"], "two": out.logits}, Pair(nested, [out["values"]]))
-        out["classes"] = self.lm_head.weight[:9].expand(len(out.logits), -1, -1)
-        return out
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("mode", ["auto", "prepend", "packed"])
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_a_number_for_each_token(mode, side):
-    ids, mask, _ = batch(side)
-    torch.manual_seed(0)
-    model = WithValues(zoo.build("Llama").config).eval().requires_grad_(False)
-    out = PromptedModel(model, 3, mode=mode).eval()(ids, mask)
-    for values in (out["values"], out["more"][0]["values"], out["more"][1].other[0]):
-        assert values.shape == ids.shape
-        assert torch.equal(values[mask != 0], out.logits[..., 7][mask != 0])
-    assert torch.equal(out["more"][0]["two"], out.logits)
-    assert torch.equal(out["more"][1].one.last_hidden_state, out.logits)
-    for n in (5, 6, 7):  # behind three virtual tokens there are nine columns in one of these
-        ids = torch.stack(zoo.texts([n, n]))
-        assert PromptedModel(model, 3, mode="prepend").eval()(ids)["classes"].shape[1] == 9
-
-
-class WithMore(transformers.LlamaForCausalLM):
-    """Outputs that two short texts alone do not give."""
-
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        position_ids=None,
-        labels=None,
-        more=False,
-        **kwargs,
-    ):
-        out = super().forward(
-            input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, labels=labels, **kwargs
-        )
-        if more:
-            out["values"] = out.logits[..., 7]
-        return out
-
-
-@pytest.mark.parametrize(("mode", "taken", "columns"), [("prepend", "no", 9), ("packed", "its", 6)])
-def test_outputs_that_cannot_be_tried_are_warned_of(mode, taken, columns):
-    ids = torch.stack(zoo.texts([6, 6]))
-    prompted = PromptedModel(WithMore(zoo.build("Llama").config).eval().requires_grad_(False), 3, mode=mode).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        prompted(ids)
-    with pytest.warns(
-        UserWarning, match=f"values has a row for each column could not be tried.*{taken} rows on virtual"
-    ):
-        assert prompted(ids, more=True)["values"].shape == (2, columns)
-
-
-def test_a_known_model_is_not_called_for_its_outputs():
-    """Whoever looks at its layers sees the call alone."""
-    model, seen = zoo.build("Llama"), []
-    prompted = PromptedModel(model, 3, mode="prepend").eval()
-    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
-    ids = torch.stack(zoo.texts([6, 6]))
-    prompted(ids, output_hidden_states=True)
-    assert seen == [1]
-
-
-def test_logits_to_keep():
-    """Of those that take it: the classes of classifiers are no columns."""
-    ids, mask = zoo.padded(zoo.texts([6, 6]), "right")
-    llama = PromptedModel(zoo.build("Llama"), 3).eval()
-    whole = llama(ids, mask).logits
-    for kept, columns in ((0, [0, 1, 2, 3, 4, 5]), (2, [4, 5]), (torch.tensor([1, 3]), [1, 3]), (slice(1, 3), [1, 2])):
-        assert same(llama(ids, mask, logits_to_keep=kept).logits, whole[:, columns])
-    bert = PromptedModel(zoo.build("BERT", "BertForSequenceClassification", num_labels=4), 3).eval()
-    assert same(bert(ids, mask, logits_to_keep=2).logits, bert(ids, mask).logits)
-
-
 @pytest.mark.parametrize("made", [llava, gemma4])
 def test_images_behind_a_prompt(made):
     """As behind tokens that have the prompt's rows; positions of an image's patches are none of columns."""
@@ -360,8 +205,8 @@ def test_images_behind_a_prompt(made):
     prompted = PromptedModel(model, 4, init=model.get_input_embeddings()(first).float()).eval()
     full, mask = torch.cat([first.expand(len(ids), -1), ids], 1), torch.ones_like(ids)
     expected = model(full, attention_mask=torch.ones_like(full), **image).logits[:, 4:]
-    assert same(prompted(ids, mask, **image).logits, expected)
-    assert not same(prompted(ids, mask, **image | {"pixel_values": 1 - image["pixel_values"]}).logits, expected)
+    assert zoo.same(prompted(ids, mask, **image).logits, expected)
+    assert not zoo.same(prompted(ids, mask, **image | {"pixel_values": 1 - image["pixel_values"]}).logits, expected)
     found = prompted.generate(ids, mask, **image, **GREEDY)
     assert torch.equal(found, model.generate(full, attention_mask=torch.ones_like(full), **image, **GREEDY)[:, 4:])
     types = (ids == 3).long()
@@ -382,7 +227,7 @@ def test_audio_that_is_read_with_ids_alone_is_refused(monkeypatch):
     ids, sound = torch.tensor([[20, *[5] * 8, 30, 31]]), {"input_features": torch.randn(1, 16, 64)}
     prompted.eval()
     assert prompted(ids).logits.shape == (1, 11, zoo.V)
-    assert not same(model(ids, **sound).logits, model(ids, input_features=-sound["input_features"]).logits)
+    assert not zoo.same(model(ids, **sound).logits, model(ids, input_features=-sound["input_features"]).logits)
     for call in (prompted, prompted.generate, prompted.prompt.generate, prompted.base_model):
         with pytest.raises(ValueError, match=r"Voxtral.* reads input_features only where it is given input_ids"):
             call(ids, torch.ones_like(ids), **sound)
@@ -410,24 +255,6 @@ def test_audio_that_is_read_with_ids_alone_is_refused(monkeypatch):
     assert model.training and all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
-def test_attention_weights_are_those_of_mode_prepend():
-    prompted = PromptedModel(zoo.build("Llama", attn_implementation="eager"), 3).eval()
-    ids, mask, _ = batch()
-    out = prompted(ids, mask, output_attentions=True)
-    assert out.attentions[0].shape[-1] == ids.shape[1] + 3 and out.logits.shape[1] == ids.shape[1]
-
-
-def test_as_many_heads_as_columns():
-    """Attentions are [B, heads, ...]: those of an encoder are not its columns."""
-    model = zoo.build("BART")
-    model.set_attn_implementation("eager")
-    ids = torch.ones(2, 3, dtype=torch.int64)
-    heads = model.config.num_attention_heads
-    out = PromptedModel(model, heads - 3)(ids, decoder_input_ids=ids, output_attentions=True)
-    assert out.encoder_attentions[0].shape == (2, heads, heads, heads)
-    assert out.encoder_last_hidden_state.shape[1] == 3
-
-
 class OwnLoss(transformers.LlamaForCausalLM):
     """The mean of the texts' means."""
 
@@ -446,8 +273,8 @@ def test_a_loss_that_a_class_computes_by_itself():
     ids, mask, labels = batch()
     prompt = SoftPrompt(model, 3)
     expected = model(**prompt(ids, mask, labels=labels)).loss
-    assert same(prompt.loss(ids, mask, labels=labels), expected)
-    assert same(PromptedModel(model, 3, prompt=prompt)(ids, mask, labels=labels).loss, expected)
+    assert zoo.same(prompt.loss(ids, mask, labels=labels), expected)
+    assert zoo.same(PromptedModel(model, 3, prompt=prompt)(ids, mask, labels=labels).loss, expected)
 
 
 BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "is_decoder": True}
@@ -472,9 +299,9 @@ def test_a_loss_that_is_not_shifted_counts_first_labels(name, settings, more):
     embeds = torch.cat([prompted.prompt.embeddings().expand(2, -1, -1), model.get_input_embeddings()(ids)], 1)
     labels = torch.cat([torch.full((2, 3), -100), ids], 1)
     expected = model(inputs_embeds=embeds, labels=labels, **more).loss
-    assert same(prompted(ids, labels=ids, **more).loss, expected)
+    assert zoo.same(prompted(ids, labels=ids, **more).loss, expected)
     without_first = torch.cat([torch.full((2, 4), -100), ids[:, 1:]], 1)
-    assert not same(model(inputs_embeds=embeds, labels=without_first, **more).loss, expected)
+    assert not zoo.same(model(inputs_embeds=embeds, labels=without_first, **more).loss, expected)
 
 
 def test_a_forward_that_somebody_has_replaced():
@@ -483,7 +310,7 @@ def test_a_forward_that_somebody_has_replaced():
     prompt.loss(ids, mask, labels=labels)  # what was found out then is not true any more
     plain = model.forward
     model.forward = lambda **inputs: transformers.utils.ModelOutput(loss=plain(**inputs).logits[0, -1].logsumexp(-1))
-    assert same(prompt.loss(ids, mask, labels=labels), model(**prompt(ids, mask, labels=labels)).loss)
+    assert zoo.same(prompt.loss(ids, mask, labels=labels), model(**prompt(ids, mask, labels=labels)).loss)
 
 
 def test_a_hook_that_comes_later():
@@ -496,7 +323,9 @@ def test_a_hook_that_comes_later():
         out.loss = out.loss + out.logits.square().mean()
 
     model.register_forward_hook(more)
-    assert same(prompt.loss(ids, mask, labels=labels, mode="prepend"), model(**prompt(ids, mask, labels=labels)).loss)
+    assert zoo.same(
+        prompt.loss(ids, mask, labels=labels, mode="prepend"), model(**prompt(ids, mask, labels=labels)).loss
+    )
 
 
 def test_lengths_without_a_mask():

@@ -1,0 +1,182 @@
+"""Outputs of a PromptedModel: those of the text's columns, wherever they stand, and nothing else cut."""
+
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+import zoo
+
+from ptuning_fast import PromptedModel
+
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
+
+def test_pooled_outputs():
+    """Of a packed batch there is none, and one that is as wide as a text is long is none per column."""
+    model = zoo.build("BERT")
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert PromptedModel(model, 3, mode="packed")(ids, mask).pooler_output is None
+    prompted = PromptedModel(model, 3, mode="prepend").eval()
+    for n in (4, zoo.D - 3, zoo.D):
+        ids = torch.randint(5, 90, (2, n))
+        assert prompted(ids).pooler_output.shape == (2, zoo.D)
+
+
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_of_classifiers_stand_with_their_tokens(name, side):
+    """Decoders are given their padding on the left, encoders on the right, whatever the batch has."""
+    model = zoo.build(name, {"Llama": "LlamaForSequenceClassification", "BERT": "BertForSequenceClassification"}[name])
+    prompted = PromptedModel(model, 3).eval()
+    ids, mask = zoo.padded(zoo.texts(), side)
+    found = prompted(ids, mask, output_hidden_states=True).hidden_states[-1]
+    for row, text in enumerate(zoo.texts()):
+        alone = prompted(text[None], torch.ones_like(text)[None], output_hidden_states=True).hidden_states[-1][0]
+        assert zoo.same(found[row][mask[row] != 0], alone)
+
+
+def test_an_encoder_whose_config_is_that_of_both():
+    kind = transformers.UMT5ForTokenClassification
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": zoo.V}
+    prompted = PromptedModel(kind(kind.config_class(**sizes)), 3).eval()
+    assert prompted.config.is_encoder_decoder
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert prompted(ids, mask).logits.shape[:2] == ids.shape
+
+
+def test_encoder_states_have_no_rows_of_the_prompt():
+    t5 = PromptedModel(zoo.build("T5"), 3).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    out = t5(ids, mask, decoder_input_ids=ids[:, :2], output_hidden_states=True)
+    assert out.encoder_last_hidden_state.shape[:2] == ids.shape
+    assert out.encoder_hidden_states[0].shape[:2] == ids.shape and out.logits.shape[1] == 2
+
+
+@pytest.mark.parametrize("n", [5, 6, 9])
+def test_regions_of_images_that_are_as_many_as_columns(n):
+    """LXMERT's are 36 whatever the text: here 9, behind 3 virtual tokens."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 32, "visual_feat_dim": 8}
+    config = transformers.LxmertConfig(vocab_size=zoo.V, l_layers=1, x_layers=1, r_layers=1, **sizes)
+    model = transformers.LxmertModel(config).eval()
+    (ids, mask), draw = zoo.padded(zoo.texts([n, n]), "right"), torch.Generator().manual_seed(0)
+    regions = {name: torch.rand(2, 9, w, generator=draw) for name, w in (("visual_feats", 8), ("visual_pos", 4))}
+    regions["visual_attention_mask"] = torch.ones(2, 9)
+    with pytest.warns(UserWarning, match="could not be probed"):
+        prompted = PromptedModel(model, 3).eval()
+        out = prompted(ids, mask, **regions)
+    expected = model(**prompted.prompt(ids, mask), **regions)
+    assert zoo.same(out.vision_output, expected.vision_output)
+    assert zoo.same(out.language_output, expected.language_output[:, 3:])
+
+
+class Pair(NamedTuple):
+    one: object
+    other: list
+
+
+class WithValues(transformers.LlamaForCausalLM):
+    """A value of each token, as reinforcement learning has it, and nine classes, as many as the probe has columns."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None, **kwargs
+    ):
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "labels": labels}
+        out = super().forward(input_ids, attention_mask, **given, **kwargs)
+        out["values"] = out.logits[..., 7]
+        nested = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=out.logits)
+        out["more"] = ({"values": out["values"], "two": out.logits}, Pair(nested, [out["values"]]))
+        out["classes"] = self.lm_head.weight[:9].expand(len(out.logits), -1, -1)
+        return out
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("mode", ["auto", "prepend", "packed"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_number_for_each_token(mode, side):
+    ids, mask = zoo.padded(zoo.texts(), side)
+    torch.manual_seed(0)
+    model = WithValues(zoo.build("Llama").config).eval().requires_grad_(False)
+    out = PromptedModel(model, 3, mode=mode).eval()(ids, mask)
+    for values in (out["values"], out["more"][0]["values"], out["more"][1].other[0]):
+        assert values.shape == ids.shape
+        assert torch.equal(values[mask != 0], out.logits[..., 7][mask != 0])
+    assert torch.equal(out["more"][0]["two"], out.logits)
+    assert torch.equal(out["more"][1].one.last_hidden_state, out.logits)
+    for n in (5, 6, 7):  # behind three virtual tokens there are nine columns in one of these
+        ids = torch.stack(zoo.texts([n, n]))
+        assert PromptedModel(model, 3, mode="prepend").eval()(ids)["classes"].shape[1] == 9
+
+
+class WithMore(transformers.LlamaForCausalLM):
+    """Outputs that two short texts alone do not give."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        labels=None,
+        more=False,
+        **kwargs,
+    ):
+        out = super().forward(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, labels=labels, **kwargs
+        )
+        if more:
+            out["values"] = out.logits[..., 7]
+        return out
+
+
+@pytest.mark.parametrize(("mode", "taken", "columns"), [("prepend", "no", 9), ("packed", "its", 6)])
+def test_outputs_that_cannot_be_tried_are_warned_of(mode, taken, columns):
+    ids = torch.stack(zoo.texts([6, 6]))
+    prompted = PromptedModel(WithMore(zoo.build("Llama").config).eval().requires_grad_(False), 3, mode=mode).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prompted(ids)
+    with pytest.warns(
+        UserWarning, match=f"values has a row for each column could not be tried.*{taken} rows on virtual"
+    ):
+        assert prompted(ids, more=True)["values"].shape == (2, columns)
+
+
+def test_a_known_model_is_not_called_for_its_outputs():
+    """Whoever looks at its layers sees the call alone."""
+    model, seen = zoo.build("Llama"), []
+    prompted = PromptedModel(model, 3, mode="prepend").eval()
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    ids = torch.stack(zoo.texts([6, 6]))
+    prompted(ids, output_hidden_states=True)
+    assert seen == [1]
+
+
+def test_logits_to_keep():
+    """Of those that take it: the classes of classifiers are no columns."""
+    ids, mask = zoo.padded(zoo.texts([6, 6]), "right")
+    llama = PromptedModel(zoo.build("Llama"), 3).eval()
+    whole = llama(ids, mask).logits
+    for kept, columns in ((0, [0, 1, 2, 3, 4, 5]), (2, [4, 5]), (torch.tensor([1, 3]), [1, 3]), (slice(1, 3), [1, 2])):
+        assert zoo.same(llama(ids, mask, logits_to_keep=kept).logits, whole[:, columns])
+    bert = PromptedModel(zoo.build("BERT", "BertForSequenceClassification", num_labels=4), 3).eval()
+    assert zoo.same(bert(ids, mask, logits_to_keep=2).logits, bert(ids, mask).logits)
+
+
+def test_attention_weights_are_those_of_mode_prepend():
+    prompted = PromptedModel(zoo.build("Llama", attn_implementation="eager"), 3).eval()
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    out = prompted(ids, mask, output_attentions=True)
+    assert out.attentions[0].shape[-1] == ids.shape[1] + 3 and out.logits.shape[1] == ids.shape[1]
+
+
+def test_as_many_heads_as_columns():
+    """Attentions are [B, heads, ...]: those of an encoder are not its columns."""
+    model = zoo.build("BART")
+    model.set_attn_implementation("eager")
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    heads = model.config.num_attention_heads
+    out = PromptedModel(model, heads - 3)(ids, decoder_input_ids=ids, output_attentions=True)
+    assert out.encoder_attentions[0].shape == (2, heads, heads, heads)
+    assert out.encoder_last_hidden_state.shape[1] == 3
