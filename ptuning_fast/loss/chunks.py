@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..models.info import ModelInfo, unwrapped
 from ..models.replaced import Called, gives_more, is_plain, on_the_way, with_module
-from ..models.trial import quietly
-from .kinds import is_of_tokens, short_text
+from ..models.trial import quietly, short_text
+from .kinds import is_of_tokens
 
 __all__ = ["has_chunks", "in_chunks", "is_large"]
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.embedding import device_of
 from ..models.info import ModelInfo, unwrapped
-from ..models.trial import Path, autocast_of, call, ordinary_tokens, per_column, quietly, tensors_of
+from ..models.trial import quietly, short_text
 
 __all__ = [
     "check_counted",
@@ -18,9 +17,7 @@ __all__ = [
     "has_causal_loss",
     "hooks_of",
     "is_of_tokens",
-    "outputs_of_columns",
     "picks_by_mask",
-    "short_text",
     "warn_of_ignored",
     "warn_of_own",
 ]
@@ -148,20 +145,6 @@ def check_counted(labels: Tensor | None, attention_mask: Tensor | None) -> None:
         )
 
 
-def outputs_of_columns(model: Any, info: ModelInfo) -> dict[Path, bool]:
-    """Which outputs have a row or a number for each column, and not as many classes: for texts of two lengths."""
-    inner = unwrapped(model)
-    cast = autocast_of(device_of(inner.get_input_embeddings()))
-    with quietly(inner), cast:
-        try:
-            texts = [short_text(inner, n)[0].repeat(2, 1) for n in (6, 5)]
-            found = [call(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids) for ids in texts]
-        except Exception:  # whatever a model that needs more than ids does
-            return {}
-    long, short = (per_column(out, ids.shape[1], 2) for out, ids in zip(found, texts))
-    return {path: path in long and path in short for path, _ in tensors_of(found[0])}
-
-
 def warn_of_ignored(model: Any, info: ModelInfo) -> None:
     """A warning where rows labelled -100 have a part in the loss, as in ELECTRA's of replaced tokens: a prompt's do."""
     inner = unwrapped(model)
@@ -187,13 +170,3 @@ def warn_of_own(model: Any, info: ModelInfo) -> None:
             "rows or columns it comes out otherwise in a packed batch, which is one row; mode='auto' is exact",
             stacklevel=2,
         )
-
-
-def short_text(model: Any, n: int = 6) -> tuple[Tensor, Tensor]:
-    """[1, n] ids, and labels of some of them, at distances that do not repeat."""
-    device = device_of(model.get_input_embeddings())
-    ids = torch.tensor([ordinary_tokens(model.config, model.config.get_text_config().vocab_size, n)], device=device)
-    labelled = [place for place in (3, 5, 6, 17, 21, 22) if place < ids.shape[1]]
-    labels = torch.full_like(ids, -100)
-    labels[:, labelled] = ids[:, labelled]
-    return ids, labels

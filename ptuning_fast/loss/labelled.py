@@ -15,8 +15,8 @@ from torch import Tensor
 from ..models.info import ModelInfo, unwrapped
 from ..models.probe import off_by, tolerance
 from ..models.replaced import Called, with_module
-from ..models.trial import quietly
-from .kinds import is_of_tokens, short_text
+from ..models.trial import quietly, short_text
+from .kinds import is_of_tokens
 from .last_rows import LastRows
 
 __all__ = ["keeps_labelled_rows", "last_rows", "on_labelled_rows", "predicting"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..op import Batch
+from .embedding import device_of
 from .info import has_decoder
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "padded",
     "per_column",
     "quietly",
+    "short_text",
     "state",
     "tensors_of",
 ]
@@ -112,6 +114,16 @@ def ordinary_tokens(config: Any, V: int, count: int) -> list[int]:
     ordinary = [token for token in range(V - 1, -1, -1) if token not in special]
     step = max(len(ordinary) // (2 * count), 1)
     return (ordinary[len(ordinary) // 4 :: step] + ordinary)[:count]
+
+
+def short_text(model: Any, n: int = 6) -> tuple[Tensor, Tensor]:
+    """[1, n] ids, and labels of some of them, at distances that do not repeat."""
+    device = device_of(model.get_input_embeddings())
+    ids = torch.tensor([ordinary_tokens(model.config, model.config.get_text_config().vocab_size, n)], device=device)
+    labelled = [place for place in (3, 5, 6, 17, 21, 22) if place < ids.shape[1]]
+    labels = torch.full_like(ids, -100)
+    labels[:, labelled] = ids[:, labelled]
+    return ids, labels
 
 
 def autocast_of(device: torch.device) -> torch.autocast:

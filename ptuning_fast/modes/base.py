@@ -9,7 +9,7 @@ A mode does not hold the model: copies and pickles of what holds a mode stay sma
 """
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from ..models.info import ModelInfo, unwrapped
 from ..models.probe import Outcome, Served, probe
 from ..op import Batch, Embedded, Layout, Prompt
 
-__all__ = ["Mode"]
+__all__ = ["LaidOut", "Mode"]
 
 
 class Mode:
@@ -100,6 +100,14 @@ class Mode:
             return Served(self.inputs(model, embedded, prompt), places, columns)
 
         return probe(model, serve, self.packed)
+
+
+class LaidOut(NamedTuple):
+    """A batch behind a prompt: in which mode, its rows [B, n], and the arguments of the model."""
+
+    mode: Mode
+    batch: Batch
+    inputs: dict[str, Any]
 
 
 def places_in_rows(attention_mask: Tensor, kept: int) -> tuple[list[tuple[int, slice]], int]:

@@ -1,9 +1,8 @@
 """PromptedModel: a model and its prompt as one module, with the model's own call."""
 
-import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..files import hub
-from ..loss.kinds import outputs_of_columns
 from ..models import describe, unwrapped
 from ..models.families import class_of
 from ..models.info import check_tensors, has_adapter, prompts_in
-from ..models.trial import tensors_of
+from ..modes.base import LaidOut
 from ..modes.flattened import FLATTENED
+from ..modes.outputs import CACHES, of_text, per_column_of_short_texts
 from ..serving import heads
 from .generate import count_new_tokens
-from .soft_prompt import LaidOut, SoftPrompt
+from .soft_prompt import SoftPrompt
 from .trained_only import marks_of_adapters, trained_only
 
 if TYPE_CHECKING:
@@ -28,11 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptedModel"]
 
-_CACHES = {"past_key_values", "cache", "cache_params", "state", "mems"}
 _COLUMNS = ("start_positions", "end_positions")  # of the text, which the prompt moves
-_OF_IMAGES = ("vision_", "image_", "video_", "audio_")  # outputs, which may have as many rows as there are columns
-_STATES = ("hidden_states", "last_hidden_state", "encoder_hidden_states", "encoder_last_hidden_state")
-_NUMBERS = ("start_logits", "end_logits")  # one for each column
 _NO_MATTER = ("use_cache", "return_dict")  # where the loss alone is asked for
 _WITHOUT_PROMPT = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
@@ -57,28 +52,6 @@ def _signature(function: Callable, model: Any) -> inspect.Signature:
     names = inspect.signature(model.forward).parameters.keys() - {"self", "args", "kwargs", *(one.name for one in own)}
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in sorted(names)]
     return inspect.Signature([one.replace(annotation=inspect.Parameter.empty) for one in [*own, *more, rest]])
-
-
-def _by_name(name: str, rows: Tensor) -> bool:
-    """Whether the name and dimensions of an output of transformers' own say that it has a row for each column."""
-    return rows.dim() < 2 or name in _STATES or (rows.dim() == 2 if name in _NUMBERS else rows.dim() > 2)
-
-
-def _untried(name: str, taken: bool) -> bool:
-    """`taken`, whether an output as wide as the batch passes for one with a row for each column; a warning of it.
-
-    It does in a packed batch, whose width is that of nothing else, and where it has three dimensions.
-    """
-    if name in _STATES or (taken and name == "logits"):
-        return True
-    if torch.compiler.is_compiling():
-        raise ValueError(f"call it once without torch.compile: whether {name} is of columns has to be tried")
-    warnings.warn(
-        f"whether {name} has a row for each column could not be tried, as short texts alone do not give it: "
-        f"{'its rows' if taken else 'no rows'} on virtual tokens are taken out",
-        stacklevel=5,
-    )
-    return taken
 
 
 def _perhaps_a_head(model: Any) -> str | None:
@@ -221,7 +194,7 @@ class PromptedModel(nn.Module):
         if kwargs.get("return_dict") is False:
             raise ValueError("return_dict=False: a PromptedModel's outputs have names")
         for name, value in kwargs.items():
-            if name in _CACHES and value is not None:
+            if name in CACHES and value is not None:
                 raise ValueError(f"{name} misses the prompt, or has it in it: what goes on from a cache is generate")
         own = (*_COLUMNS, "logits_to_keep")
         self.prompt.info.check_arguments(
@@ -263,13 +236,11 @@ class PromptedModel(nn.Module):
         return self._called(inner.base_model, laid_out, bool(flattened), kwargs)
 
     def _called(self, model: Any, laid_out: LaidOut, flattened: bool, kwargs: dict[str, Any]) -> "ModelOutput":
-        mode, batch, inputs = laid_out
-        m, columns = self.prompt.length, inputs["inputs_embeds"].shape[:2]
+        m, inputs = self.prompt.length, laid_out.inputs
         if self.prompt.info.cache is not None:
             kwargs.setdefault("use_cache", False)
-        of_decoder = self.prompt.info.has_decoder
         for name in _COLUMNS:
-            if kwargs.get(name) is not None and not of_decoder:
+            if kwargs.get(name) is not None and not self.prompt.info.has_decoder:
                 kwargs[name] = kwargs[name].clamp(min=0) + m  # below 0 they are 0 to the model
         kept = None
         if "logits_to_keep" in self.prompt.info.takes and not self.prompt.info.labels_are_rows:
@@ -277,41 +248,8 @@ class PromptedModel(nn.Module):
             kept = slice(-kept if kept else None, None) if isinstance(kept, int) else kept
         self.prompt.check_read(kwargs, laid_out)
         out = model(**(kwargs | inputs))
-        own = not class_of(unwrapped(self.model)).__module__.startswith("transformers.")
-        of_text = [
-            name
-            for name in out.keys() - _CACHES  # attentions are [B, heads, ...]
-            if "attentions" not in name
-            and (name.startswith("encoder_") if of_decoder else not name.startswith(_OF_IMAGES))
-        ]
-        # Whatever widths there are by chance: a trial of a sharded model is one of all processes.
-        unnamed = own or any(not _by_name(name, one) for name in of_text for _, one in tensors_of(out[name]))
-        known = self.prompt.model_loss.known(outputs_of_columns, self.model, {}) if unnamed else {}
-
-        def of_tokens(rows: Any, *path: Any) -> Any:
-            if isinstance(rows, Mapping):
-                laid: Any = copy.copy(rows)
-                for name, one in rows.items():
-                    laid[name] = of_tokens(one, *path, name)
-                return laid
-            if isinstance(rows, (tuple, list)):
-                made = getattr(type(rows), "_make", type(rows))  # the former: of a namedtuple
-                return made(of_tokens(one, *path, place) for place, one in enumerate(rows))
-            if not torch.is_tensor(rows) or rows.shape[:2] != columns:
-                return rows
-            if path in known:
-                if not known[path]:
-                    return rows
-            elif own or not _by_name(path[0], rows):
-                if not _untried(path[0], rows.dim() > 2 or mode.packed):
-                    return rows
-            rows = mode.of_tokens(rows, inputs, batch, m)
-            return rows[batch.attention_mask != 0][None] if flattened else rows
-
-        for name in of_text:
-            out[name] = of_tokens(out[name], name)
-        if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
-            out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
+        tried = partial(self.prompt.model_loss.known, per_column_of_short_texts, self.model, {})
+        out = of_text(out, laid_out, m, self.model, tried, flattened)
         if kept is not None and "logits" in out:
             out["logits"] = out.logits[:, kept]
         return out

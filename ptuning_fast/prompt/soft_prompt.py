@@ -3,7 +3,7 @@
 import copy
 import warnings
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..models.embedding import are_several, device_of, is_sharded
 from ..models.info import check_tensors
 from ..models.trial import is_read
 from ..modes import MODES, Mode, mode_for
+from ..modes.base import LaidOut
 from ..modes.flattened import as_rows
 from ..op import Batch, Layout, Prompt
 from ..serving.heads import new_parts, perhaps_new
@@ -32,14 +33,6 @@ from .generate import (
 from .initial import initial_prompt
 
 __all__ = ["SoftPrompt"]
-
-
-class LaidOut(NamedTuple):
-    """A batch behind a prompt: in which mode, its rows [B, n], and the arguments of the model."""
-
-    mode: Mode
-    batch: Batch
-    inputs: dict[str, Any]
 
 
 class SoftPrompt(Saving):

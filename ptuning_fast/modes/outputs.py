@@ -1,0 +1,112 @@
+"""Of what a model gives for a batch behind a prompt, that of the text: the rows and numbers of its columns.
+
+Outputs of transformers' own classes are known by their names and dimensions, those of others by a trial with two short
+texts of two lengths.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import unwrapped
+from ..models.embedding import device_of
+from ..models.families import class_of
+from ..models.info import ModelInfo
+from ..models.trial import Path, autocast_of, call, per_column, quietly, short_text, tensors_of
+from .base import LaidOut
+
+__all__ = ["CACHES", "of_text", "per_column_of_short_texts"]
+
+CACHES = {"past_key_values", "cache", "cache_params", "state", "mems"}
+_OF_IMAGES = ("vision_", "image_", "video_", "audio_")  # which may have as many rows as there are columns
+_STATES = ("hidden_states", "last_hidden_state", "encoder_hidden_states", "encoder_last_hidden_state")
+_NUMBERS = ("start_logits", "end_logits")  # one for each column
+
+
+def of_text(
+    out: Any, laid_out: LaidOut, m: int, model: Any, tried: Callable[[], dict[Path, bool]], flattened: bool
+) -> Any:
+    """The outputs `out`, a ModelOutput of `model`, without the rows of m virtual tokens.
+
+    Args:
+        tried: `per_column_of_short_texts` of the model; it is called where names do not say enough.
+        flattened: whether the batch came as one row [1, T], and so do the outputs.
+    """
+    mode, batch, inputs = laid_out
+    columns = inputs["inputs_embeds"].shape[:2]
+    own = not class_of(unwrapped(model)).__module__.startswith("transformers.")
+    names = [
+        name
+        for name in out.keys() - CACHES
+        if "attentions" not in name  # [B, heads, ...]
+        and (name.startswith("encoder_") if mode.info.has_decoder else not name.startswith(_OF_IMAGES))
+    ]
+    # Whatever widths there are by chance: a trial of a sharded model is one of all processes.
+    unnamed = own or any(not _by_name(name, one) for name in names for _, one in tensors_of(out[name]))
+    known = tried() if unnamed else {}
+
+    def of_tokens(rows: Any, *path: Any) -> Any:
+        if isinstance(rows, Mapping):
+            laid: Any = copy.copy(rows)
+            for name, one in rows.items():
+                laid[name] = of_tokens(one, *path, name)
+            return laid
+        if isinstance(rows, (tuple, list)):
+            made = getattr(type(rows), "_make", type(rows))  # the former: of a namedtuple
+            return made(of_tokens(one, *path, place) for place, one in enumerate(rows))
+        if not torch.is_tensor(rows) or rows.shape[:2] != columns:
+            return rows
+        if path in known:
+            if not known[path]:
+                return rows
+        elif own or not _by_name(path[0], rows):
+            if not _untried(path[0], rows.dim() > 2 or mode.packed):
+                return rows
+        rows = mode.of_tokens(rows, inputs, batch, m)
+        return rows[batch.attention_mask != 0][None] if flattened else rows
+
+    for name in names:
+        out[name] = of_tokens(out[name], name)
+    if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
+        out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
+    return out
+
+
+def _by_name(name: str, rows: Tensor) -> bool:
+    """Whether the name and dimensions of an output of transformers' own say that it has a row for each column."""
+    return rows.dim() < 2 or name in _STATES or (rows.dim() == 2 if name in _NUMBERS else rows.dim() > 2)
+
+
+def _untried(name: str, taken: bool) -> bool:
+    """`taken`, whether an output as wide as the batch passes for one with a row for each column; a warning of it.
+
+    It does in a packed batch, whose width is that of nothing else, and where it has three dimensions.
+    """
+    if name in _STATES or (taken and name == "logits"):
+        return True
+    if torch.compiler.is_compiling():
+        raise ValueError(f"call it once without torch.compile: whether {name} is of columns has to be tried")
+    warnings.warn(
+        f"whether {name} has a row for each column could not be tried, as short texts alone do not give it: "
+        f"{'its rows' if taken else 'no rows'} on virtual tokens are taken out",
+        stacklevel=6,
+    )
+    return taken
+
+
+def per_column_of_short_texts(model: Any, info: ModelInfo) -> dict[Path, bool]:
+    """Which outputs have a row or a number for each column, and not as many classes: for texts of two lengths."""
+    inner = unwrapped(model)
+    cast = autocast_of(device_of(inner.get_input_embeddings()))
+    with quietly(inner), cast:
+        try:
+            texts = [short_text(inner, n)[0].repeat(2, 1) for n in (6, 5)]
+            found = [call(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids) for ids in texts]
+        except Exception:  # whatever a model that needs more than ids does
+            return {}
+    long, short = (per_column(out, ids.shape[1], 2) for out, ids in zip(found, texts))
+    return {path: path in long and path in short for path, _ in tensors_of(found[0])}
