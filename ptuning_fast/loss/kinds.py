@@ -1,6 +1,5 @@
 """Of which kind a model's own loss is: found out with a short text, as its name says little of it."""
 
-import inspect
 import math
 import warnings
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.families import has_own_forward, is_written_in
 from ..models.info import ModelInfo, unwrapped
 from ..models.trial import quietly, short_text
 
@@ -20,6 +20,7 @@ __all__ = [
     "picks_by_mask",
     "warn_of_ignored",
     "warn_of_own",
+    "warn_of_own_forward",
 ]
 
 
@@ -33,7 +34,7 @@ def has_causal_loss(model: Any, info: ModelInfo) -> bool:
 
     inner = unwrapped(model)
     takes_labels = "labels" in info.takes and not info.has_decoder
-    if not takes_labels or not _is_transformers_own(inner):
+    if not takes_labels or has_own_forward(inner):
         return False
     if getattr(inner, "loss_function", None) is not ForCausalLMLoss:
         return False
@@ -63,35 +64,12 @@ def is_of_tokens(model: Any) -> bool:
         return False
     if isinstance(head, nn.Module) and "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # Accelerate's
         return False
-    return _is_transformers_own(inner) and _is_written_in(function, "transformers.loss.")
+    return not has_own_forward(inner) and is_written_in(function, "transformers.loss.")
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
     """Those of its forward."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-
-
-def _is_written_in(function: Any, package: str) -> bool:
-    """Whether a function, and each that it is put around, is; `functools.wraps` gives another's `__module__`."""
-    while function is not None:
-        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(package):
-            return False
-        function = vars(function).get("__wrapped__")
-    return True
-
-
-def _is_transformers_own(inner: Any) -> bool:
-    """Whether nobody has written another forward, whose loss may be another.
-
-    Accelerate's, for offloading and autocast, call the one that they replace.
-    """
-    if not _is_written_in(type(inner).forward, "transformers."):
-        return False
-    if "forward" not in vars(inner):
-        return True
-    called = inspect.unwrap(inner.forward)
-    original = getattr(called, "__func__", called) is inspect.unwrap(type(inner).forward)
-    return original and (hasattr(inner, "_hf_hook") or hasattr(inner, "_original_forward"))
 
 
 def goes_by_items(model: Any, info: ModelInfo) -> bool:
@@ -168,5 +146,16 @@ def warn_of_own(model: Any, info: ModelInfo) -> None:
         warnings.warn(
             f"the loss of {info.name} is not transformers' own, or a hook is on the model or its head: where it weighs "
             "rows or columns it comes out otherwise in a packed batch, which is one row; mode='auto' is exact",
+            stacklevel=2,
+        )
+
+
+def warn_of_own_forward(model: Any, info: ModelInfo) -> None:
+    """A warning where nothing is known of what a model makes of a row, and a packed batch is one."""
+    if has_own_forward(unwrapped(model)):
+        warnings.warn(
+            f"the forward of {info.name} is not transformers' own: what it gives for each text (pooled rows, a "
+            "loss without labels) comes out of all texts at once in a packed batch, which is one row; mode='auto' is "
+            "exact",
             stacklevel=2,
         )

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.embedding import are_several
+from ..models.families import has_own_forward
 from ..models.info import ModelInfo, unwrapped
 from .chunks import has_chunks, in_chunks, is_large
-from .kinds import hooks_of, is_of_tokens, picks_by_mask, warn_of_own
+from .kinds import hooks_of, is_of_tokens, picks_by_mask, warn_of_own, warn_of_own_forward
 from .labelled import keeps_labelled_rows, last_rows, on_labelled_rows, predicting
 
 __all__ = ["ModelLoss"]
@@ -43,12 +44,17 @@ class ModelLoss:
             return otherwise
         return self.find(check, model)
 
-    def is_exact_in_one_row(self, model: Any) -> bool:
-        """Whether that is known of a loss of labels one per token, in a packed batch."""
-        return is_of_tokens(model) and not self.known(picks_by_mask, model, self.info.picks_labels)
+    def is_exact_in_one_row(self, model: Any, labels: Tensor | None, per_token: bool) -> bool:
+        """Whether that is known of outputs, and of a loss of labels `per_token`, in a packed batch."""
+        if labels is None:
+            return not has_own_forward(unwrapped(model))
+        return per_token and is_of_tokens(model) and not self.known(picks_by_mask, model, self.info.picks_labels)
 
-    def check_in_one_row(self, model: Any, mode: str) -> None:
-        """ValueError for a loss that comes out otherwise there; a warning where it may."""
+    def check_in_one_row(self, model: Any, mode: str, per_token: bool) -> None:
+        """ValueError for a loss of labels `per_token` that comes out otherwise there; a warning of what may."""
+        if not per_token:
+            self.known(warn_of_own_forward, model, None)
+            return
         if self.known(picks_by_mask, model, self.info.picks_labels):
             raise ValueError(
                 f"mode={mode!r}: the loss of {self.info.name} picks labels by attention_mask, which a packed batch has "

@@ -4,9 +4,10 @@ An architecture with a row is served without being probed, as the tests show it 
 tests/zoo.py); any other is probed at its first use (probe.py), and gets no savings that need to know its insides.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
-__all__ = ["FAMILIES", "Family", "class_of", "family_of"]
+__all__ = ["FAMILIES", "Family", "class_of", "family_of", "has_own_forward", "is_written_in"]
 
 
 class Family(NamedTuple):
@@ -72,3 +73,26 @@ def family_of(model: Any) -> Family | None:
     """The row of `model`'s architecture; None where there is none, or its code is not transformers' own."""
     ours = class_of(model).__module__.startswith("transformers.")
     return FAMILIES.get(model.config.model_type) if ours else None
+
+
+def has_own_forward(model: Any) -> bool:
+    """Whether somebody else than transformers has written what `model` does: nothing is known of its outputs and loss.
+
+    Accelerate's forwards, for offloading and autocast, call the one that they replace.
+    """
+    if not is_written_in(type(model).forward, "transformers."):
+        return True
+    if "forward" not in vars(model):
+        return False
+    called = inspect.unwrap(model.forward)
+    replaced = getattr(called, "__func__", called) is not inspect.unwrap(type(model).forward)
+    return replaced or not (hasattr(model, "_hf_hook") or hasattr(model, "_original_forward"))
+
+
+def is_written_in(function: Any, package: str) -> bool:
+    """Whether a function, and each that it is put around, is; `functools.wraps` gives another's `__module__`."""
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(package):
+            return False
+        function = vars(function).get("__wrapped__")
+    return True

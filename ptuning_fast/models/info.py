@@ -35,6 +35,7 @@ class ModelInfo:
 
     name: str
     takes: frozenset[str]  # the arguments of its forward
+    added: frozenset[str]  # of these, what no class of transformers that it comes from takes
     position_start: int  # the position of the first real token
     max_positions: int | None  # the longest sequence, virtual tokens included; None: any
     steady_length: int | None  # the longest text whose outputs do not depend on the batch's other texts; None: any
@@ -144,6 +145,12 @@ class ModelInfo:
                     f"{self.name} finds the positions of images in the input_ids, and gets none behind a prompt: "
                     f"leave {name} out"
                 )
+            whole = not (value.is_floating_point() or value.dtype is torch.bool)
+            if whole and m and name in self.added and "label" not in name:
+                warnings.warn(
+                    f"{name} is handed on as it is: where it counts columns of the text, add the prompt's {m} to it",
+                    stacklevel=4,
+                )
 
     def positions_for(self, attention_mask: Tensor | None) -> int | None:
         """`position_start` where the model takes position_ids and would else count padding."""
@@ -239,6 +246,7 @@ def describe(model: nn.Module) -> ModelInfo:
     return ModelInfo(
         name=class_of(model).__name__,
         takes=takes,
+        added=takes - _of_transformers(model),
         position_start=position_start(model),
         max_positions=max_positions(model),
         steady_length=steady_length(model),
@@ -284,6 +292,12 @@ _OF_IMAGES = ("image_", "pixel_", "video_", "audio_")  # what a name begins with
 _PER_TOKEN = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 _PER_TEXT: tuple[str, ...] = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _PER_TEXT += ("ForNextSentencePrediction", "ForPreTraining")
+
+
+def _of_transformers(model: nn.Module) -> set[str]:
+    """The arguments of the forwards of those classes of transformers that it comes from."""
+    kinds: list[Any] = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")]
+    return {name for kind in kinds if "forward" in vars(kind) for name in inspect.signature(kind.forward).parameters}
 
 
 def _codes(model: nn.Module) -> list[Any]:

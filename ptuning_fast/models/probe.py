@@ -87,6 +87,8 @@ def _probe(
     device, V = device_of(table), getattr(table, "num_embeddings", table.weight.shape[0])
     tokens = ordinary_tokens(model.config, V, LENGTH + max(lengths))
     first, texts = tokens[:LENGTH], [tokens[LENGTH : LENGTH + n] for n in lengths]
+    has_pooler = getattr(model.base_model, "pooler", None) is not None  # it reads column 0, of which a call warns
+    of_columns_on = {"right": of_columns, "left": of_columns or has_pooler}
     errors: list[str] = []
     with quietly(model):
         try:
@@ -100,13 +102,16 @@ def _probe(
                     of_texts.append(call(model, given, ids))
             widths = [LENGTH + n for n in lengths]
             columnwise = set.intersection(*map(per_column, of_texts, widths))
-            expected = [_of_row(out, 0, slice(None), n, columnwise, of_columns) for out, n in zip(of_texts, widths)]
+            expected = {
+                side: [_of_row(out, 0, slice(None), n, columnwise, only) for out, n in zip(of_texts, widths)]
+                for side, only in of_columns_on.items()
+            }
             prompt = Prompt(rows_of(table, torch.tensor(first, device=device)).float())
         except Exception as error:  # whatever a model that needs more than ids does
             return Outcome(None, None, None, f"it cannot be called with ids alone: {error}", 0.0)
 
         def off(rows: list[list[int]], side: str, truth: list[dict[str, Tensor]]) -> float | None:
-            batch = padded(rows, side, tokens[0], device)
+            batch = padded(rows, side, tokens[-1], device)  # no virtual token: what reads the first column shows
             if types is not None:
                 typed = torch.zeros_like(batch.input_ids)
                 typed[batch.attention_mask != 0] = torch.cat([types[: len(row)] for row in rows])
@@ -117,13 +122,14 @@ def _probe(
             except (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError, AttributeError) as error:
                 errors.append(str(error))
                 return None
-            found = [_of_row(out, row, place, served.columns, columnwise, of_columns) for row, place in served.places]
+            only = of_columns_on[side]
+            found = [_of_row(out, row, place, served.columns, columnwise, only) for row, place in served.places]
             pairs = [(one, _last(other, one)) for one, other in zip(found, truth)]
             return max(off_by([_shared(one, other)], [_shared(other, one)]) for one, other in pairs)
 
-        each = [off([text], "right", [truth]) for text, truth in zip(texts, expected)]
+        each = [off([text], "right", [truth]) for text, truth in zip(texts, expected["right"])]
         alone = None if None in each else max(value for value in each if value is not None)
-        right, left = (off(texts, side, expected) for side in ("right", "left"))
+        right, left = (off(texts, side, expected[side]) for side in ("right", "left"))
     return Outcome(alone, right, left, errors[0] if errors else None, _roundings(dtypes))
 
 

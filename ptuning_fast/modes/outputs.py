@@ -7,6 +7,7 @@ texts of two lengths.
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Number
 from typing import Any
 
 import torch
@@ -14,22 +15,21 @@ from torch import Tensor
 
 from ..models import unwrapped
 from ..models.embedding import device_of
-from ..models.families import class_of
+from ..models.families import has_own_forward
 from ..models.info import ModelInfo
 from ..models.trial import Path, autocast_of, call, per_column, quietly, short_text, tensors_of
 from .base import LaidOut
 
 __all__ = ["CACHES", "of_text", "per_column_of_short_texts"]
 
+Tried = dict[tuple[Path, int], bool]
 CACHES = {"past_key_values", "cache", "cache_params", "state", "mems"}
 _OF_IMAGES = ("vision_", "image_", "video_", "audio_")  # which may have as many rows as there are columns
 _STATES = ("hidden_states", "last_hidden_state", "encoder_hidden_states", "encoder_last_hidden_state")
 _NUMBERS = ("start_logits", "end_logits")  # one for each column
 
 
-def of_text(
-    out: Any, laid_out: LaidOut, m: int, model: Any, tried: Callable[[], dict[Path, bool]], flattened: bool
-) -> Any:
+def of_text(out: Any, laid_out: LaidOut, m: int, model: Any, tried: Callable[[], Tried], flattened: bool) -> Any:
     """The outputs `out`, a ModelOutput of `model`, without the rows of m virtual tokens.
 
     Args:
@@ -38,16 +38,12 @@ def of_text(
     """
     mode, batch, inputs = laid_out
     columns = inputs["inputs_embeds"].shape[:2]
-    own = not class_of(unwrapped(model)).__module__.startswith("transformers.")
-    names = [
-        name
-        for name in out.keys() - CACHES
-        if "attentions" not in name  # [B, heads, ...]
-        and (name.startswith("encoder_") if mode.info.has_decoder else not name.startswith(_OF_IMAGES))
-    ]
+    own = has_own_forward(unwrapped(model))
+    names = [name for name in out if own or _is_of_text(name, mode.info.has_decoder)]
     # Whatever widths there are by chance: a trial of a sharded model is one of all processes.
     unnamed = own or any(not _by_name(name, one) for name in names for _, one in tensors_of(out[name]))
     known = tried() if unnamed else {}
+    no_tensors = set[str]()
 
     def of_tokens(rows: Any, *path: Any) -> Any:
         if isinstance(rows, Mapping):
@@ -58,10 +54,14 @@ def of_text(
         if isinstance(rows, (tuple, list)):
             made = getattr(type(rows), "_make", type(rows))  # the former: of a namedtuple
             return made(of_tokens(one, *path, place) for place, one in enumerate(rows))
-        if not torch.is_tensor(rows) or rows.shape[:2] != columns:
+        if not torch.is_tensor(rows):
+            if own and (hasattr(rows, "ndim") or (len(path) > 2 and isinstance(rows, Number))):  # NumPy's, lists
+                no_tensors.add(path[0])
             return rows
-        if path in known:
-            if not known[path]:
+        if rows.shape[:2] != columns or (rows.dim() > 3 and "attentions" in path[0]):
+            return rows
+        if (path, rows.dim()) in known:
+            if not known[path, rows.dim()]:
                 return rows
         elif own or not _by_name(path[0], rows):
             if not _untried(path[0], rows.dim() > 2 or mode.packed):
@@ -71,9 +71,21 @@ def of_text(
 
     for name in names:
         out[name] = of_tokens(out[name], name)
+    for name in sorted(no_tensors):
+        warnings.warn(
+            f"{name} has numbers that are no tensor: those of virtual tokens, {m} for each text, stay among them",
+            stacklevel=5,
+        )
     if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
         out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
     return out
+
+
+def _is_of_text(name: str, has_decoder: bool) -> bool:
+    """Whether the name of an output of transformers' own leaves it open: attentions are [B, heads, ...]."""
+    if name in CACHES or "attentions" in name:
+        return False
+    return name.startswith("encoder_") if has_decoder else not name.startswith(_OF_IMAGES)
 
 
 def _by_name(name: str, rows: Tensor) -> bool:
@@ -88,6 +100,8 @@ def _untried(name: str, taken: bool) -> bool:
     """
     if name in _STATES or (taken and name == "logits"):
         return True
+    if name.startswith("decoder_"):
+        return False
     if torch.compiler.is_compiling():
         raise ValueError(f"call it once without torch.compile: whether {name} is of columns has to be tried")
     warnings.warn(
@@ -98,8 +112,11 @@ def _untried(name: str, taken: bool) -> bool:
     return taken
 
 
-def per_column_of_short_texts(model: Any, info: ModelInfo) -> dict[Path, bool]:
-    """Which outputs have a row or a number for each column, and not as many classes: for texts of two lengths."""
+def per_column_of_short_texts(model: Any, info: ModelInfo) -> Tried:
+    """Which outputs, of how many dimensions, have a row or a number for each column, and not as many classes.
+
+    For texts of two lengths.
+    """
     inner = unwrapped(model)
     cast = autocast_of(device_of(inner.get_input_embeddings()))
     with quietly(inner), cast:
@@ -109,4 +126,4 @@ def per_column_of_short_texts(model: Any, info: ModelInfo) -> dict[Path, bool]:
         except Exception:  # whatever a model that needs more than ids does
             return {}
     long, short = (per_column(out, ids.shape[1], 2) for out, ids in zip(found, texts))
-    return {path: path in long and path in short for path, _ in tensors_of(found[0])}
+    return {(path, one.dim()): path in long and path in short for path, one in tensors_of(found[0])}

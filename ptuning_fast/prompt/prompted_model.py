@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..files import hub
 from ..models import describe, unwrapped
-from ..models.families import class_of
+from ..models.families import class_of, has_own_forward
 from ..models.info import check_tensors, has_adapter, prompts_in
 from ..modes.base import LaidOut
 from ..modes.flattened import FLATTENED
@@ -240,8 +240,11 @@ class PromptedModel(nn.Module):
         if self.prompt.info.cache is not None:
             kwargs.setdefault("use_cache", False)
         for name in _COLUMNS:
-            if kwargs.get(name) is not None and not self.prompt.info.has_decoder:
-                kwargs[name] = kwargs[name].clamp(min=0) + m  # below 0 they are 0 to the model
+            value = kwargs.get(name)
+            if value is not None and not self.prompt.info.has_decoder:
+                # Below 0 they are 0 to transformers' models, and to others often none.
+                own = has_own_forward(unwrapped(self.model))
+                kwargs[name] = torch.where(value < 0, value if own else m, value + m)
         kept = None
         if "logits_to_keep" in self.prompt.info.takes and not self.prompt.info.labels_are_rows:
             kept = kwargs.pop("logits_to_keep", None)

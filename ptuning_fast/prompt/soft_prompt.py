@@ -189,14 +189,14 @@ class SoftPrompt(Saving):
             batch = batch._replace(labels=_without_first(batch))
         prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
-            exact = labels is None or (per_token and self.model_loss.is_exact_in_one_row(self.model))
+            exact = self.model_loss.is_exact_in_one_row(self.model, labels, per_token)
             served = self._fewest_rows(prompt, batch) if exact else self._mode("prepend")
         elif mode in MODES:
             served = self._mode(mode)
         else:
             raise ValueError(f"mode must be one of auto, {', '.join(MODES)}; it is {mode!r}")
-        if served.packed and per_token:
-            self.model_loss.check_in_one_row(self.model, mode)
+        if served.packed:
+            self.model_loss.check_in_one_row(self.model, mode, per_token)
         obstacle = served.obstacle(self.model, prompt)
         if obstacle is not None:
             raise ValueError(f"mode={mode!r}: {obstacle}")

@@ -346,8 +346,10 @@ def test_what_looks_like_the_models_own_loss_and_is_not(change, torch_backend):
         assert len(seen) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            SoftPrompt(model, 3)(ids, mask, mode=mode)
             SoftPrompt(build("llama"), 3)(ids, mask, labels=labels, mode=mode)
+            if change is by_a_class:
+                warnings.filterwarnings("ignore", message="the forward of Mine is not transformers' own")
+            SoftPrompt(model, 3)(ids, mask, mode=mode)
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -397,7 +399,7 @@ def test_what_is_taken_for_granted_where_a_loss_cannot_be_probed(monkeypatch, to
     for kind in ("xlm-roberta-xl", "roberta"):
         config = transformers.AutoConfig.for_model(kind, vocab_size=zoo.V, **SIZES)
         model = transformers.AutoModelForTokenClassification.from_config(config)
-        exact[kind] = ModelLoss(describe(model)).is_exact_in_one_row(model)
+        exact[kind] = ModelLoss(describe(model)).is_exact_in_one_row(model, torch.zeros(1, 6).long(), True)
     assert exact == {"xlm-roberta-xl": False, "roberta": True}
 
 

@@ -241,3 +241,43 @@ def test_a_model_that_cannot_be_probed(torch_backend):
     assert inputs["inputs_embeds"].shape[0] == len(ids)
     with pytest.raises(TypeError, match=r"cannot be given a packed batch .it cannot be called with ids alone"):
         SoftPrompt(model, 3)(ids, mask, mode="packed")
+
+
+class First(transformers.BertPreTrainedModel):
+    """A head of one's own on the first column, and no pooler by which that could be known."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.head = torch.nn.Linear(config.hidden_size, 4)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None):
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        out = self.bert(input_ids, attention_mask, **given)
+        return transformers.modeling_outputs.ModelOutput(logits=self.head(out.last_hidden_state[:, 0]))
+
+
+def test_a_head_that_reads_the_first_column(torch_backend):
+    """Padding on the left takes it."""
+    torch.manual_seed(0)
+    prompt = SoftPrompt(First(zoo.build("BERT").config).eval(), 3)
+    with pytest.raises(ValueError, match="padding on the left"):
+        prompt(*zoo.padded(zoo.texts(), "left"))
+    assert len(prompt(*zoo.padded(zoo.texts(), "right"))["inputs_embeds"]) == len(zoo.texts())
+
+
+@pytest.mark.parametrize("kind", ["ernie", "longformer"])
+def test_a_pooler_that_reads_the_first_column(kind, torch_backend):
+    """A call warns of it, and serves the hidden states."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"attention_window": [8, 8]} if kind == "longformer" else {}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=zoo.V, **sizes)
+    model = transformers.AutoModel.from_config(config).eval().requires_grad_(False)
+    prompt = SoftPrompt(model, 3)
+    ids, mask = zoo.padded(zoo.texts(), "left")
+    with pytest.warns(UserWarning, match="the pooler_output of .* reads the first column"):
+        rows = model(**prompt(ids, mask)).last_hidden_state[:, 3:]
+    for row, text in enumerate(zoo.texts()):
+        alone = model(**prompt(text[None], torch.ones_like(text)[None])).last_hidden_state[0, 3:]
+        assert zoo.same(rows[row][mask[row] != 0], alone)

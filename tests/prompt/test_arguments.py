@@ -92,6 +92,43 @@ def test_columns_that_a_prompt_moves_are_refused(name, value):
         PromptedModel(zoo.build("Llama"), 3)(ids, mask, **{name: value})
 
 
+class Answers(transformers.BertForQuestionAnswering):
+    """A loss that leaves out -100, as torch's own does; and columns that arguments of its own count."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, start_positions=None, e1=None, topic_labels=None
+    ):
+        out = super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds)
+        if start_positions is not None:
+            out["loss"] = torch.nn.functional.cross_entropy(out.start_logits, start_positions)
+        return out
+
+
+def test_no_answer_stays_none_where_a_loss_is_ones_own():
+    ids, starts = torch.stack(zoo.texts([6, 6])), torch.tensor([2, -100])
+    torch.manual_seed(0)
+    model = Answers(zoo.build("BERT").config).eval()
+    prompted = PromptedModel(model, 3, mode="prepend").eval()
+    logits = model(**prompted.prompt(ids)).start_logits
+    expected = torch.nn.functional.cross_entropy(logits[:1], starts[:1] + 3)
+    assert zoo.same(prompted(ids, start_positions=starts).loss, expected)
+
+
+def test_columns_that_an_argument_of_ones_own_may_count_are_warned_of():
+    """Not what is a label, and nothing that transformers' own classes take."""
+    ids, places = torch.stack(zoo.texts([6, 6])), torch.tensor([2, 1])
+    prompted = PromptedModel(Answers(zoo.build("BERT").config), 3).eval()
+    with pytest.warns(
+        UserWarning, match="e1 is handed on as it is: where it counts columns of the text, add the prompt's 3"
+    ):
+        prompted(ids, e1=places)
+    t5 = PromptedModel(zoo.build("T5"), 3).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prompted(ids, topic_labels=places, start_positions=places)
+        t5(ids, decoder_input_ids=ids[:, :2])
+
+
 def test_other_ways_past_the_prompt_are_refused():
     prompted = PromptedModel(zoo.build("Llama"), 3)
     ids, mask, _ = batch()

@@ -93,7 +93,7 @@ class WithValues(transformers.LlamaForCausalLM):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mode", ["auto", "prepend", "packed"])
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error::UserWarning", "ignore:the forward of WithValues is not transformers' own")
 def test_a_number_for_each_token(mode, side):
     ids, mask = zoo.padded(zoo.texts(), side)
     torch.manual_seed(0)
@@ -136,11 +136,124 @@ def test_outputs_that_cannot_be_tried_are_warned_of(mode, taken, columns):
     prompted = PromptedModel(WithMore(zoo.build("Llama").config).eval().requires_grad_(False), 3, mode=mode).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="the forward of WithMore is not transformers' own")
         prompted(ids)
     with pytest.warns(
         UserWarning, match=f"values has a row for each column could not be tried.*{taken} rows on virtual"
     ):
         assert prompted(ids, more=True)["values"].shape == (2, columns)
+
+
+class Joint(transformers.BertForTokenClassification):
+    """Slots and the intent, and a loss that needs no labels."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.intent = torch.nn.Linear(config.hidden_size, 4)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, **kwargs):
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "output_hidden_states": True}
+        out = super().forward(input_ids, attention_mask, **given, **kwargs)
+        out["intent"] = self.intent(out.hidden_states[-1][:, 0])
+        out["loss"] = out["intent"].softmax(-1).prod(0).sum()
+        return out
+
+
+def test_what_a_forward_of_ones_own_makes_of_each_text():
+    """None of it is to be made of a packed batch, which is one row."""
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    torch.manual_seed(0)
+    model = Joint(zoo.build("BERT").config).eval().requires_grad_(False)
+    prompts = {mode: PromptedModel(model, 3, mode=mode).eval() for mode in ("auto", "prepend", "packed")}
+    for one in prompts.values():
+        one.prompt.load_state_dict(prompts["auto"].prompt.state_dict())
+    found, expected = prompts["auto"](ids, mask), prompts["prepend"](ids, mask)
+    assert zoo.same(found.intent, expected.intent) and zoo.same(found.loss, expected.loss)
+    for row, text in enumerate(zoo.texts()):
+        alone = prompts["auto"](text[None], torch.ones_like(text)[None])
+        assert zoo.same(found.intent[row], alone.intent[0])
+    assert prompts["auto"].prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == len(ids)
+    with pytest.warns(UserWarning, match="the forward of Joint is not transformers' own: what it gives for each text"):
+        assert prompts["packed"](ids, mask).intent.shape == (1, 4)
+
+
+def test_a_forward_that_somebody_has_put_onto_a_model():
+    model = zoo.build("BERT")
+    whole = model.forward
+
+    def forward(*args, inputs_embeds=None, **kwargs):
+        out = whole(*args, inputs_embeds=inputs_embeds, **kwargs)
+        out["mean"] = out.last_hidden_state.mean(1)
+        return out
+
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    prompted = PromptedModel(model, 3).eval()
+    assert prompted.prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == 1
+    model.forward = forward
+    assert prompted.prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == len(ids)
+
+
+class ByFlag(transformers.LlamaModel):
+    """One name, pooled or not; names that transformers has for other things; numbers that are no tensor."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, pool=True, tags=False, **rest
+    ):
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        out = super().forward(input_ids, attention_mask, **given, **rest)
+        rows = out.last_hidden_state
+        out["embeddings"] = rows.mean(1) if pool else rows
+        for name in ("pool_attentions", "state", "image_scores"):
+            out[name] = rows[..., 3]
+        if tags:
+            out["tags"] = rows.argmax(-1).tolist()
+            out["array"] = rows[..., 0].numpy()
+        return out
+
+
+def test_outputs_of_ones_own_go_by_no_name():
+    ids = torch.stack(zoo.texts([6, 6]))
+    torch.manual_seed(0)
+    config = zoo.build("Llama", attn_implementation="eager").config
+    prompted = PromptedModel(ByFlag(config).eval(), 3).eval()
+    out = prompted(ids)
+    assert out.embeddings.shape == (2, zoo.D)
+    for name in ("pool_attentions", "state", "image_scores"):
+        assert torch.equal(out[name], out.last_hidden_state[..., 3])
+    with pytest.warns(UserWarning, match="whether embeddings has a row for each column could not be tried.*its rows"):
+        out = prompted(ids, pool=False)
+    assert torch.equal(out.embeddings, out.last_hidden_state)
+    assert prompted(ids, output_attentions=True, pool=True).attentions[0].shape[-1] == 9
+
+
+def test_numbers_that_are_no_tensor_are_warned_of():
+    ids = torch.stack(zoo.texts([6, 6]))
+    prompted = PromptedModel(ByFlag(zoo.build("Llama").config).eval().requires_grad_(False), 3).eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match="numbers that are no tensor: those of virtual") as seen:
+        out = prompted(ids, tags=True)
+    assert len(out["tags"][0]) == 9 and out["array"].shape == (2, 9)
+    assert [str(one.message).split()[0] for one in seen if "no tensor" in str(one.message)] == ["array", "tags"]
+
+
+class Tagged(transformers.T5ForConditionalGeneration):
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, decoder_input_ids=None, labels=None, **kwargs
+    ):
+        given = {"inputs_embeds": inputs_embeds, "decoder_input_ids": decoder_input_ids, "labels": labels}
+        out = super().forward(input_ids, attention_mask, **given, **kwargs)
+        out["tags"] = out.encoder_last_hidden_state[..., :3]
+        return out
+
+
+@pytest.mark.parametrize("columns", [2, 9])
+def test_an_encoder_decoder_of_ones_own(columns):
+    ids = torch.stack(zoo.texts([6, 6]))
+    torch.manual_seed(0)
+    prompted = PromptedModel(Tagged(zoo.build("T5").config).eval(), 3).eval()
+    out = prompted(ids, decoder_input_ids=torch.ones(2, columns).long(), output_hidden_states=True)
+    assert torch.equal(out.tags, out.encoder_last_hidden_state[..., :3]) and out.tags.shape[1] == 6
+    assert out.logits.shape[1] == out.decoder_hidden_states[0].shape[1] == columns
 
 
 def test_a_known_model_is_not_called_for_its_outputs():
