@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.families import has_own_forward, is_written_in
+from ..models.families import has_own_forward, has_own_hooks, is_written_in
 from ..models.info import ModelInfo, unwrapped
 from ..models.trial import quietly, short_text
 
@@ -15,8 +15,8 @@ __all__ = [
     "check_counted",
     "goes_by_items",
     "has_causal_loss",
-    "hooks_of",
     "is_of_tokens",
+    "is_of_transformers",
     "picks_by_mask",
     "warn_of_ignored",
     "warn_of_own",
@@ -53,23 +53,21 @@ def _counts(loss: float) -> bool:
     return math.isfinite(loss) and loss != 0
 
 
+def is_of_transformers(model: Any) -> bool:
+    """Whether nobody else has written the forward of `model`, or put a hook on it; of any other nothing is known."""
+    inner = unwrapped(model)
+    return not (has_own_forward(inner) or has_own_hooks(model, inner))
+
+
 def is_of_tokens(model: Any) -> bool:
     """Whether the loss is a mean over labelled tokens, as transformers' own are; of any other nothing is known."""
     inner = unwrapped(model)
-    function = getattr(inner, "loss_function", None)
     head = inner.get_output_embeddings()
-    hooks = [*hooks_of(model), *hooks_of(inner), *(hooks_of(head) if isinstance(head, nn.Module) else ())]
-    known = ("torch.", "ptuning_fast.")  # FSDP's, and those of a probe in another thread
-    if not all(getattr(hook, "__module__", "").startswith(known) for hook in hooks):
-        return False
-    if isinstance(head, nn.Module) and "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # Accelerate's
-        return False
-    return not has_own_forward(inner) and is_written_in(function, "transformers.loss.")
-
-
-def hooks_of(module: nn.Module) -> list[Any]:
-    """Those of its forward."""
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if isinstance(head, nn.Module):
+        replaced = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # the latter: Accelerate's
+        if replaced or has_own_hooks(head):
+            return False
+    return is_of_transformers(model) and is_written_in(getattr(inner, "loss_function", None), "transformers.loss.")
 
 
 def goes_by_items(model: Any, info: ModelInfo) -> bool:
@@ -152,10 +150,10 @@ def warn_of_own(model: Any, info: ModelInfo) -> None:
 
 def warn_of_own_forward(model: Any, info: ModelInfo) -> None:
     """A warning where nothing is known of what a model makes of a row, and a packed batch is one."""
-    if has_own_forward(unwrapped(model)):
+    if not is_of_transformers(model):
         warnings.warn(
-            f"the forward of {info.name} is not transformers' own: what it gives for each text (pooled rows, a "
-            "loss without labels) comes out of all texts at once in a packed batch, which is one row; mode='auto' is "
-            "exact",
+            f"the forward of {info.name} is not transformers' own, or a hook is on the model: what it gives for each "
+            "text (pooled rows, a loss without labels) comes out of all texts at once in a packed batch, which is one "
+            "row; mode='auto' is exact",
             stacklevel=2,
         )

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.embedding import are_several
-from ..models.families import has_own_forward
+from ..models.families import hooks_of
 from ..models.info import ModelInfo, unwrapped
 from .chunks import has_chunks, in_chunks, is_large
-from .kinds import hooks_of, is_of_tokens, picks_by_mask, warn_of_own, warn_of_own_forward
+from .kinds import is_of_tokens, is_of_transformers, picks_by_mask, warn_of_own, warn_of_own_forward
 from .labelled import keeps_labelled_rows, last_rows, on_labelled_rows, predicting
 
 __all__ = ["ModelLoss"]
@@ -47,7 +47,7 @@ class ModelLoss:
     def is_exact_in_one_row(self, model: Any, labels: Tensor | None, per_token: bool) -> bool:
         """Whether that is known of outputs, and of a loss of labels `per_token`, in a packed batch."""
         if labels is None:
-            return not has_own_forward(unwrapped(model))
+            return is_of_transformers(model)
         return per_token and is_of_tokens(model) and not self.known(picks_by_mask, model, self.info.picks_labels)
 
     def check_in_one_row(self, model: Any, mode: str, per_token: bool) -> None:

@@ -7,7 +7,16 @@ tests/zoo.py); any other is probed at its first use (probe.py), and gets no savi
 import inspect
 from typing import Any, NamedTuple
 
-__all__ = ["FAMILIES", "Family", "class_of", "family_of", "has_own_forward", "is_written_in"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "class_of",
+    "family_of",
+    "has_own_forward",
+    "has_own_hooks",
+    "hooks_of",
+    "is_written_in",
+]
 
 
 class Family(NamedTuple):
@@ -71,28 +80,44 @@ def class_of(module: Any) -> type:
 
 def family_of(model: Any) -> Family | None:
     """The row of `model`'s architecture; None where there is none, or its code is not transformers' own."""
-    ours = class_of(model).__module__.startswith("transformers.")
+    ours = class_of(model).__module__.startswith("transformers.") and not has_own_forward(model)
     return FAMILIES.get(model.config.model_type) if ours else None
+
+
+_AROUND = ("torch.", "transformers.", "accelerate.", "ptuning_fast.")  # whose functions and hooks leave outputs alone
 
 
 def has_own_forward(model: Any) -> bool:
     """Whether somebody else than transformers has written what `model` does: nothing is known of its outputs and loss.
 
-    Accelerate's forwards, for offloading and autocast, call the one that they replace.
+    Around a forward there may be Accelerate's, for offloading and autocast, or torch's, for compiling.
     """
-    if not is_written_in(type(model).forward, "transformers."):
+    kind, around = type(model), vars(model).get("forward")
+    if not (is_written_in(kind.forward, "transformers.") and is_written_in(kind.__call__, "torch.")):
         return True
-    if "forward" not in vars(model):
+    if around is None:
         return False
-    called = inspect.unwrap(model.forward)
-    replaced = getattr(called, "__func__", called) is not inspect.unwrap(type(model).forward)
-    return replaced or not (hasattr(model, "_hf_hook") or hasattr(model, "_original_forward"))
+    called = inspect.unwrap(around)
+    return not is_written_in(around, *_AROUND) or getattr(called, "__func__", called) is not inspect.unwrap(
+        kind.forward
+    )
 
 
-def is_written_in(function: Any, package: str) -> bool:
+def is_written_in(function: Any, *packages: str) -> bool:
     """Whether a function, and each that it is put around, is; `functools.wraps` gives another's `__module__`."""
     while function is not None:
-        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(package):
+        code = getattr(function, "func", function)  # of a partial
+        if not getattr(code, "__globals__", {}).get("__name__", type(code).__module__).startswith(packages):
             return False
         function = vars(function).get("__wrapped__")
     return True
+
+
+def hooks_of(*modules: Any) -> list[Any]:
+    """Those of their forwards."""
+    return [hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())]
+
+
+def has_own_hooks(*modules: Any) -> bool:
+    """Whether somebody else than these packages has put any there."""
+    return not all(getattr(hook, "__module__", "").startswith(_AROUND) for hook in hooks_of(*modules))

@@ -55,7 +55,7 @@ def of_text(out: Any, laid_out: LaidOut, m: int, model: Any, tried: Callable[[],
             made = getattr(type(rows), "_make", type(rows))  # the former: of a namedtuple
             return made(of_tokens(one, *path, place) for place, one in enumerate(rows))
         if not torch.is_tensor(rows):
-            if own and (hasattr(rows, "ndim") or (len(path) > 2 and isinstance(rows, Number))):  # NumPy's, lists
+            if own and (hasattr(rows, "ndim") or (len(path) > 2 and isinstance(rows, (Number, str)))):  # NumPy's, lists
                 no_tensors.add(path[0])
             return rows
         if rows.shape[:2] != columns or (rows.dim() > 3 and "attentions" in path[0]):
@@ -73,7 +73,7 @@ def of_text(out: Any, laid_out: LaidOut, m: int, model: Any, tried: Callable[[],
         out[name] = of_tokens(out[name], name)
     for name in sorted(no_tensors):
         warnings.warn(
-            f"{name} has numbers that are no tensor: those of virtual tokens, {m} for each text, stay among them",
+            f"{name} has what is no tensor: that of virtual tokens, {m} for each text, stays in it",
             stacklevel=5,
         )
     if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts

@@ -267,6 +267,20 @@ def test_a_head_that_reads_the_first_column(torch_backend):
     assert len(prompt(*zoo.padded(zoo.texts(), "right"))["inputs_embeds"]) == len(zoo.texts())
 
 
+def test_a_forward_on_a_model_of_the_table_is_probed(torch_backend):
+    model = zoo.build("BERT")
+    whole = model.forward
+
+    def forward(*args, inputs_embeds=None, position_ids=None, **kwargs):
+        out = whole(*args, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs)
+        out["last"] = out.last_hidden_state[:, -1]
+        return out
+
+    model.forward = forward
+    with pytest.warns(UserWarning, match="depend on the padding beside a text"):
+        SoftPrompt(model, 3)(*zoo.padded(zoo.texts(), "right"))
+
+
 @pytest.mark.parametrize("kind", ["ernie", "longformer"])
 def test_a_pooler_that_reads_the_first_column(kind, torch_backend):
     """A call warns of it, and serves the hidden states."""

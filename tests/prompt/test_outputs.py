@@ -1,14 +1,16 @@
 """Outputs of a PromptedModel: those of the text's columns, wherever they stand, and nothing else cut."""
 
+import functools
 import warnings
 from typing import NamedTuple
 
+import accelerate
 import pytest
 import torch
 import transformers
 import zoo
 
-from ptuning_fast import PromptedModel
+from ptuning_fast import PromptedModel, SoftPrompt
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
 
@@ -174,24 +176,69 @@ def test_what_a_forward_of_ones_own_makes_of_each_text():
         alone = prompts["auto"](text[None], torch.ones_like(text)[None])
         assert zoo.same(found.intent[row], alone.intent[0])
     assert prompts["auto"].prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == len(ids)
-    with pytest.warns(UserWarning, match="the forward of Joint is not transformers' own: what it gives for each text"):
+    with pytest.warns(UserWarning, match="the forward of Joint is not transformers' own.*: what it gives for each"):
         assert prompts["packed"](ids, mask).intent.shape == (1, 4)
 
 
-def test_a_forward_that_somebody_has_put_onto_a_model():
-    model = zoo.build("BERT")
+def with_mean(out):
+    out["mean"] = out.last_hidden_state.mean(1)
+    return out
+
+
+def by_a_forward(model):
     whole = model.forward
 
-    def forward(*args, inputs_embeds=None, **kwargs):
-        out = whole(*args, inputs_embeds=inputs_embeds, **kwargs)
-        out["mean"] = out.last_hidden_state.mean(1)
-        return out
+    @functools.wraps(whole)
+    def forward(*args, **kwargs):
+        return with_mean(whole(*args, **kwargs))
 
-    ids, mask = zoo.padded(zoo.texts(), "right")
-    prompted = PromptedModel(model, 3).eval()
-    assert prompted.prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == 1
     model.forward = forward
-    assert prompted.prompt(ids, mask, mode="auto")["inputs_embeds"].shape[0] == len(ids)
+
+
+def by_a_call(model):
+    class Mine(type(model)):
+        def __call__(self, *args, **kwargs):
+            return with_mean(super().__call__(*args, **kwargs))
+
+    model.__class__ = Mine
+
+
+def by_a_hook(model):
+    model.register_forward_hook(lambda module, args, out: with_mean(out))
+
+
+def in_lower_precision(model):
+    accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+
+
+def offloaded(model):
+    accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def compiled(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize("around", [None, in_lower_precision, offloaded])
+@pytest.mark.parametrize("change", [by_a_forward, by_a_call, by_a_hook])
+def test_what_somebody_has_put_around_a_model(change, around):
+    """Whatever Accelerate puts around that."""
+    model = zoo.build("BERT")
+    change(model)
+    if around is not None:
+        around(model)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert PromptedModel(model, 3).eval()(ids, mask)["mean"].shape == (len(ids), zoo.D)
+    accelerate.state.AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("change", [in_lower_precision, offloaded, compiled])
+def test_what_leaves_outputs_alone_costs_no_saving(change):
+    model = zoo.build("BERT")
+    change(model)
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    assert len(SoftPrompt(model, 3)(ids, mask, mode="auto")["inputs_embeds"]) == 1
+    accelerate.state.AcceleratorState._reset_state()
 
 
 class ByFlag(transformers.LlamaModel):
@@ -209,6 +256,7 @@ class ByFlag(transformers.LlamaModel):
         if tags:
             out["tags"] = rows.argmax(-1).tolist()
             out["array"] = rows[..., 0].numpy()
+            out["names"] = [[str(one) for one in text] for text in out["tags"]]
         return out
 
 
@@ -230,10 +278,14 @@ def test_outputs_of_ones_own_go_by_no_name():
 def test_numbers_that_are_no_tensor_are_warned_of():
     ids = torch.stack(zoo.texts([6, 6]))
     prompted = PromptedModel(ByFlag(zoo.build("Llama").config).eval().requires_grad_(False), 3).eval()
-    with torch.no_grad(), pytest.warns(UserWarning, match="numbers that are no tensor: those of virtual") as seen:
+    with torch.no_grad(), pytest.warns(UserWarning, match="has what is no tensor: that of virtual") as seen:
         out = prompted(ids, tags=True)
     assert len(out["tags"][0]) == 9 and out["array"].shape == (2, 9)
-    assert [str(one.message).split()[0] for one in seen if "no tensor" in str(one.message)] == ["array", "tags"]
+    assert [str(one.message).split()[0] for one in seen if "no tensor" in str(one.message)] == [
+        "array",
+        "names",
+        "tags",
+    ]
 
 
 class Tagged(transformers.T5ForConditionalGeneration):
