@@ -1,7 +1,8 @@
-"""The one table of architectures: what is known of them by their name.
+"""The one table of architectures: what is known of them by their name, and where a name says nothing.
 
 An architecture with a row is served without being probed, as the tests show it to be right (each row is in
-tests/zoo.py); any other is probed at its first use (probe.py), and gets no savings that need to know its insides.
+tests/zoo.py); any other is probed at its first use (probe.py), and gets no savings that need to know its insides. So is
+one of which somebody else than transformers has written the forward, whatever it is called.
 """
 
 import inspect
@@ -104,9 +105,13 @@ def has_own_forward(model: Any) -> bool:
 
 
 def is_written_in(function: Any, *packages: str) -> bool:
-    """Whether a function, and each that it is put around, is; `functools.wraps` gives another's `__module__`."""
+    """Whether a function, and each that it is put around, is; `functools.wraps` gives another's `__module__`.
+
+    A partial is whoever's has made it, which is known of Accelerate's hooks alone.
+    """
     while function is not None:
-        code = getattr(function, "func", function)  # of a partial
+        inside = getattr(function, "func", None)
+        code = inside if getattr(inside, "__module__", "").startswith("accelerate.") else function
         if not getattr(code, "__globals__", {}).get("__name__", type(code).__module__).startswith(packages):
             return False
         function = vars(function).get("__wrapped__")

@@ -14,7 +14,7 @@ import zoo
 from transformers import BambaConfig, BambaForCausalLM, FunnelConfig, FunnelModel
 
 from ptuning_fast import PromptedModel, SoftPrompt
-from ptuning_fast.loss.kinds import has_causal_loss, picks_by_mask
+from ptuning_fast.loss.kinds import has_causal_loss, is_of_tokens, picks_by_mask
 from ptuning_fast.loss.labelled import keeps_labelled_rows
 from ptuning_fast.loss.model_loss import ModelLoss
 from ptuning_fast.models import describe
@@ -327,6 +327,13 @@ def by_a_function(model):
         return of_texts(Namespace(logits=logits), labels)
 
     model.loss_function = mine
+
+
+def test_a_partial_of_transformers_loss_is_another_loss(torch_backend):
+    model = build("llama")
+    assert is_of_tokens(model)
+    model.loss_function = functools.partial(model.loss_function, ignore_index=7)
+    assert not is_of_tokens(model)
 
 
 @pytest.mark.parametrize("change", [by_a_class, by_a_hook, by_a_function])
