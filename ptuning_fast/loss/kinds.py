@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.families import has_own_forward, has_own_hooks, is_written_in
 from ..models.info import ModelInfo, unwrapped
@@ -54,20 +54,22 @@ def _counts(loss: float) -> bool:
 
 
 def is_of_transformers(model: Any) -> bool:
-    """Whether nobody else has written the forward of `model`, or put a hook on it; of any other nothing is known."""
+    """Whether nobody else has written the forward of `model`, or put a hook on it or its head.
+
+    Else nothing is known of what comes out.
+    """
     inner = unwrapped(model)
-    return not (has_own_forward(inner) or has_own_hooks(model, inner))
+    head = [part for one in inner.children() if inner.base_model not in (inner, one) for part in one.modules()]
+    replaced = any(
+        "forward" in vars(part) and not hasattr(part, "_hf_hook") for part in head
+    )  # the latter: Accelerate's
+    return not (replaced or has_own_forward(inner) or has_own_hooks(model, inner, *head))
 
 
 def is_of_tokens(model: Any) -> bool:
     """Whether the loss is a mean over labelled tokens, as transformers' own are; of any other nothing is known."""
-    inner = unwrapped(model)
-    head = inner.get_output_embeddings()
-    if isinstance(head, nn.Module):
-        replaced = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # the latter: Accelerate's
-        if replaced or has_own_hooks(head):
-            return False
-    return is_of_transformers(model) and is_written_in(getattr(inner, "loss_function", None), "transformers.loss.")
+    function = getattr(unwrapped(model), "loss_function", None)
+    return is_of_transformers(model) and is_written_in(function, "transformers.loss.")
 
 
 def goes_by_items(model: Any, info: ModelInfo) -> bool:
@@ -152,8 +154,8 @@ def warn_of_own_forward(model: Any, info: ModelInfo) -> None:
     """A warning where nothing is known of what a model makes of a row, and a packed batch is one."""
     if not is_of_transformers(model):
         warnings.warn(
-            f"the forward of {info.name} is not transformers' own, or a hook is on the model: what it gives for each "
-            "text (pooled rows, a loss without labels) comes out of all texts at once in a packed batch, which is one "
-            "row; mode='auto' is exact",
+            f"the forward of {info.name} is not transformers' own, or a hook is on the model or its head: what it "
+            "gives for each text (pooled rows, a loss without labels) comes out of all texts at once in a packed "
+            "batch, which is one row; mode='auto' is exact",
             stacklevel=2,
         )

@@ -98,6 +98,9 @@ def has_own_forward(model: Any) -> bool:
         return True
     if around is None:
         return False
+    hook: Any = getattr(model, "_hf_hook", None)  # Accelerate's, which takes those of others, and puts several into one
+    if not all(type(one).__module__.startswith(_AROUND) for one in getattr(hook, "hooks", [hook]) if one is not None):
+        return True
     called = inspect.unwrap(around)
     return not is_written_in(around, *_AROUND) or getattr(called, "__func__", called) is not inspect.unwrap(
         kind.forward
@@ -125,4 +128,4 @@ def hooks_of(*modules: Any) -> list[Any]:
 
 def has_own_hooks(*modules: Any) -> bool:
     """Whether somebody else than these packages has put any there."""
-    return not all(getattr(hook, "__module__", "").startswith(_AROUND) for hook in hooks_of(*modules))
+    return not all(is_written_in(hook, *_AROUND) for hook in hooks_of(*modules))

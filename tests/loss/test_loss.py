@@ -329,6 +329,30 @@ def by_a_function(model):
     model.loss_function = mine
 
 
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("kind", ["BERT", "Llama"])
+def test_a_hook_on_the_head_of_a_token_classifier(kind, way, torch_backend):
+    """It may weigh rows: a packed batch is one."""
+    head = {"BERT": "classifier", "Llama": "score"}[kind]
+    model = zoo.build(kind, {"BERT": "BertForTokenClassification", "Llama": "LlamaForTokenClassification"}[kind])
+    ids, mask, _ = batch("last")
+    assert len(SoftPrompt(model, 3)(ids, mask, labels=ids % 2, mode="auto")["inputs_embeds"]) == 1
+
+    def weighed(rows):
+        return rows * torch.linspace(0.5, 1.5, len(rows))[:, None, None]
+
+    part = getattr(model, head)
+    if way == "hook":
+        part.register_forward_hook(lambda module, args, out: weighed(out))
+    elif way == "pre-hook":
+        part.register_forward_pre_hook(lambda module, args: (weighed(args[0]),))
+    else:
+        whole = part.forward
+        part.forward = lambda rows: weighed(whole(rows))
+    for labels in (ids % 2, None):
+        assert len(SoftPrompt(model, 3)(ids, mask, labels=labels, mode="auto")["inputs_embeds"]) == len(ids)
+
+
 def test_a_partial_of_transformers_loss_is_another_loss(torch_backend):
     model = build("llama")
     assert is_of_tokens(model)

@@ -207,6 +207,19 @@ def by_a_hook(model):
     model.register_forward_hook(lambda module, args, out: with_mean(out))
 
 
+def by_a_hook_of_accelerates(model):
+    class Mine(accelerate.hooks.ModelHook):
+        def post_forward(self, module, output):
+            return with_mean(output)
+
+    accelerate.hooks.add_hook_to_module(model, Mine())
+
+
+def by_a_hook_that_looks_like_another(model):
+    hook = functools.wraps(accelerate.cpu_offload)(lambda module, args, out: with_mean(out))
+    model.register_forward_hook(hook)
+
+
 def in_lower_precision(model):
     accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
 
@@ -219,10 +232,12 @@ def compiled(model):
     model.forward = torch.compile(model.forward, backend="eager")
 
 
-@pytest.mark.parametrize("around", [None, in_lower_precision, offloaded])
-@pytest.mark.parametrize("change", [by_a_forward, by_a_call, by_a_hook])
+@pytest.mark.parametrize("around", [None, in_lower_precision])
+@pytest.mark.parametrize(
+    "change", [by_a_forward, by_a_call, by_a_hook, by_a_hook_of_accelerates, by_a_hook_that_looks_like_another]
+)
 def test_what_somebody_has_put_around_a_model(change, around):
-    """Whatever Accelerate puts around that."""
+    """Whatever Accelerate puts around that, too."""
     model = zoo.build("BERT")
     change(model)
     if around is not None:
