@@ -60,9 +60,8 @@ def is_of_transformers(model: Any) -> bool:
     """
     inner = unwrapped(model)
     head = [part for one in inner.children() if inner.base_model not in (inner, one) for part in one.modules()]
-    replaced = any(
-        "forward" in vars(part) and not hasattr(part, "_hf_hook") for part in head
-    )  # the latter: Accelerate's
+    # Accelerate's forwards call those that they replace.
+    replaced = any("forward" in vars(part) and not hasattr(part, "_hf_hook") for part in head)
     return not (replaced or has_own_forward(inner) or has_own_hooks(model, inner, *head))
 
 
