@@ -77,7 +77,11 @@ def of_text(out: Any, laid_out: LaidOut, m: int, model: Any, tried: Callable[[],
             stacklevel=5,
         )
     if mode.packed and "pooler_output" in out:  # of one row, which is that of all texts
-        out = type(out)(**{name: value for name, value in out.items() if name != "pooler_output"})
+        rest = {name: value for name, value in out.items() if name != "pooler_output"}
+        added = rest.keys() - getattr(out, "__dataclass_fields__", rest).keys()  # by a hook, or another forward
+        out = type(out)(**{name: value for name, value in rest.items() if name not in added})
+        for name in added:
+            out[name] = rest[name]
     return out
 
 
