@@ -118,8 +118,8 @@ def _check_tied(
 ) -> None:
     """ValueError where `name` is one with others, and the adapter has its own for it alone, a copy that PEFT made."""
     tied = [one for one, tensor in own.items() if tensor.data_ptr() == own[name].data_ptr() and tensor.numel()]
-    apart = [one for one in tied if one not in head or not torch.equal(head[one], head[name])]
-    if apart and not torch.equal(head[name].to(own[name]), own[name]):
+    apart = [one for one in tied if one not in head or not _same(head[one], head[name])]
+    if apart and not _same(head[name].to(own[name]), own[name]):
         way_out = "load the model with tie_word_embeddings=False, which leaves it to the adapter"
         if getattr(model.config, "is_encoder_decoder", False):  # two of whose tables would then be new ones
             way_out = "leave the adapter to PEFT"
@@ -129,9 +129,14 @@ def _check_tied(
         )
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether they are equal, NaN by NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def warn_of_rounding(own: Mapping[str, Tensor], saved: dict[str, Tensor], folder: str | Path) -> None:
     """A warning where one of `saved` is not kept as it is in the parameter of that name that it is copied into."""
-    rounded = [name for name, one in saved.items() if not torch.equal(one.to(own[name].dtype).to(one.dtype), one)]
+    rounded = [name for name, one in saved.items() if not _same(one.to(own[name].dtype).to(one.dtype), one)]
     if rounded:
         kept, dtype = own[rounded[0]].dtype, saved[rounded[0]].dtype
         warnings.warn(

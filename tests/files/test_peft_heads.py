@@ -37,6 +37,17 @@ def test_another_head(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_head_that_has_run_away(tmp_path):
+    """Saved and loaded as it is: NaN is neither rounded nor another's."""
+    trained = classifier()
+    trained.classifier.weight.data[0, 0] = torch.nan
+    SoftPrompt(trained, zoo.M).save_pretrained(tmp_path)
+    model = classifier()
+    SoftPrompt.from_pretrained(model, tmp_path)
+    torch.testing.assert_close(model.classifier.weight, trained.classifier.weight, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("before", "class_name", "modules"),
     [
