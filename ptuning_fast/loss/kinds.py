@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families import has_own_forward, has_own_hooks, is_written_in
+from ..models.families import has_own_forward, has_own_hooks, has_replaced_forward, is_written_in
 from ..models.info import ModelInfo, unwrapped
 from ..models.trial import quietly, short_text
 
@@ -59,9 +59,9 @@ def is_of_transformers(model: Any) -> bool:
     Else nothing is known of what comes out.
     """
     inner = unwrapped(model)
-    head = [part for one in inner.children() if inner.base_model not in (inner, one) for part in one.modules()]
-    # Accelerate's forwards call those that they replace.
-    replaced = any("forward" in vars(part) and not hasattr(part, "_hf_hook") for part in head)
+    outside = [one for one in inner.children() if inner.base_model not in (inner, one)]
+    head = [part for one in (*outside, inner.get_output_embeddings()) if one is not None for part in one.modules()]
+    replaced = any(map(has_replaced_forward, head))
     return not (replaced or has_own_forward(inner) or has_own_hooks(model, inner, *head))
 
 

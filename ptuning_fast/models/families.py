@@ -15,6 +15,7 @@ __all__ = [
     "family_of",
     "has_own_forward",
     "has_own_hooks",
+    "has_replaced_forward",
     "hooks_of",
     "is_written_in",
 ]
@@ -89,22 +90,26 @@ _AROUND = ("torch.", "transformers.", "accelerate.", "ptuning_fast.")  # whose f
 
 
 def has_own_forward(model: Any) -> bool:
-    """Whether somebody else than transformers has written what `model` does: nothing is known of its outputs and loss.
+    """Whether somebody else than transformers has written what `model` does: of its outputs nothing is known."""
+    kind = type(model)
+    of_transformers = is_written_in(kind.forward, "transformers.") and is_written_in(kind.__call__, "torch.")
+    return not of_transformers or has_replaced_forward(model)
 
-    Around a forward there may be Accelerate's, for offloading and autocast, or torch's, for compiling.
+
+def has_replaced_forward(module: Any) -> bool:
+    """Whether somebody has put another than its class's there.
+
+    Around that there may be Accelerate's, for offloading and autocast, or torch's, for compiling.
     """
-    kind, around = type(model), vars(model).get("forward")
-    if not (is_written_in(kind.forward, "transformers.") and is_written_in(kind.__call__, "torch.")):
-        return True
+    around = vars(module).get("forward")
     if around is None:
         return False
-    hook: Any = getattr(model, "_hf_hook", None)  # Accelerate's, which takes those of others, and puts several into one
+    hook: Any = getattr(module, "_hf_hook", None)  # Accelerate's, or others' that it takes, or several in one
     if not all(type(one).__module__.startswith(_AROUND) for one in getattr(hook, "hooks", [hook]) if one is not None):
         return True
     called = inspect.unwrap(around)
-    return not is_written_in(around, *_AROUND) or getattr(called, "__func__", called) is not inspect.unwrap(
-        kind.forward
-    )
+    of_class = inspect.unwrap(type(module).forward)
+    return not is_written_in(around, *_AROUND) or getattr(called, "__func__", called) is not of_class
 
 
 def is_written_in(function: Any, *packages: str) -> bool:

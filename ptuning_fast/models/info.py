@@ -45,7 +45,7 @@ class ModelInfo:
     per_token: bool  # outputs and labels are one per token
     picks_labels: bool  # whether its loss seems to go by the mask; loss/kinds.py finds out, but not under torch.compile
     has_pooler: bool
-    adjacent: bool  # the prompt goes next to the text, behind padding on the left; not where a pooler reads column 0
+    adjacent: bool  # the prompt goes next to the text, behind padding on the left; not where column 0 is read
     cache: str | None  # what its forward calls a cache; None: it takes none
     has_decoder: bool  # an encoder and a decoder
     finds_images: bool  # positions of images are found in the input_ids, of which a prompt has none
@@ -256,7 +256,7 @@ def describe(model: nn.Module) -> ModelInfo:
         per_token=is_a(model, *_PER_TOKEN) and not is_a(model, *_PER_TEXT),
         picks_labels=any("active_loss" in getattr(code, "co_varnames", ()) for code in _codes(model)),
         has_pooler=has_pooler,
-        adjacent=not (has_pooler and absolute),
+        adjacent=not (pooled == "left" or (has_pooler and absolute)),
         cache=next((name for name in ("cache", "past_key_values") if name in takes), None),
         has_decoder=has_decoder(model),
         finds_images=any(hasattr(one, "get_rope_index") for one in (model, model.base_model)),

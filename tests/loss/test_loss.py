@@ -5,6 +5,7 @@ import inspect
 import warnings
 from argparse import Namespace
 
+import accelerate
 import pytest
 import sweep
 import torch
@@ -329,28 +330,47 @@ def by_a_function(model):
     model.loss_function = mine
 
 
-@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
-@pytest.mark.parametrize("kind", ["BERT", "Llama"])
-def test_a_hook_on_the_head_of_a_token_classifier(kind, way, torch_backend):
+HEADS = {
+    ("bert", "BertForTokenClassification"): "classifier",
+    ("llama", "LlamaForTokenClassification"): "score",
+    ("llama", "LlamaForCausalLM"): "lm_head",
+    ("mllama_text_model", "MllamaForCausalLM"): "lm_head",  # whose base_model is itself
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be probed")
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "forward, offloaded", "hook of Accelerate's"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_somebody_has_put_around_a_head(kind, way, torch_backend):
     """It may weigh rows: a packed batch is one."""
-    head = {"BERT": "classifier", "Llama": "score"}[kind]
-    model = zoo.build(kind, {"BERT": "BertForTokenClassification", "Llama": "LlamaForTokenClassification"}[kind])
+    model = sweep.build(*kind, "sdpa").eval()
     ids, mask, _ = batch("last")
-    assert len(SoftPrompt(model, 3)(ids, mask, labels=ids % 2, mode="auto")["inputs_embeds"]) == 1
+
+    def rows_of(labels):
+        return len(SoftPrompt(model, 3)(ids, mask, labels=labels, mode="auto")["inputs_embeds"])
+
+    assert rows_of(ids % 2) == 1
 
     def weighed(rows):
         return rows * torch.linspace(0.5, 1.5, len(rows))[:, None, None]
 
-    part = getattr(model, head)
+    class Mine(accelerate.hooks.ModelHook):
+        def post_forward(self, module, output):
+            return weighed(output)
+
+    part = getattr(model, HEADS[kind])
     if way == "hook":
         part.register_forward_hook(lambda module, args, out: weighed(out))
     elif way == "pre-hook":
         part.register_forward_pre_hook(lambda module, args: (weighed(args[0]),))
+    elif way == "hook of Accelerate's":
+        accelerate.hooks.add_hook_to_module(part, Mine())
     else:
         whole = part.forward
         part.forward = lambda rows: weighed(whole(rows))
-    for labels in (ids % 2, None):
-        assert len(SoftPrompt(model, 3)(ids, mask, labels=labels, mode="auto")["inputs_embeds"]) == len(ids)
+        if way == "forward, offloaded":
+            accelerate.hooks.add_hook_to_module(part, accelerate.hooks.AlignDevicesHook("cpu"))
+    assert rows_of(ids % 2) == rows_of(None) == len(ids)
 
 
 def test_a_partial_of_transformers_loss_is_another_loss(torch_backend):

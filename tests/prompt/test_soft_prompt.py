@@ -167,11 +167,11 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sequence_classification(name, side):
-    """The row that is pooled is the one of the text alone: the first of an encoder, the last token of a decoder."""
-    model, rows = zoo.build(name, CLASSIFIERS[name], num_labels=3, pad_token_id=0), zoo.texts()
+    """The row that is pooled is the one of the text alone, of no token, too: an encoder's first, a decoder's last."""
+    model, rows = zoo.build(name, CLASSIFIERS[name], num_labels=3, pad_token_id=0), zoo.texts([*zoo.TEXTS, 0])
     prompt = SoftPrompt(model, zoo.M)
     ids, mask = zoo.padded(rows, side)
-    labels = torch.tensor([0, 2, 1, 1])
+    labels = torch.tensor([0, 2, 1, 1, 2])
     out = model(**prompt(ids, mask, labels=labels))
     expected = torch.stack([zoo.by_hand(model, prompt.prompt_embeddings, text) for text in rows])
     assert (out.logits - expected).abs().max() <= zoo.TOLERANCE
