@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models.families import has_own_forward, has_own_hooks, has_replaced_forward, is_written_in
-from ..models.info import ModelInfo, unwrapped
+from ..models.info import ModelInfo, output_embeddings, unwrapped
 from ..models.trial import quietly, short_text
 
 __all__ = [
@@ -60,7 +60,7 @@ def is_of_transformers(model: Any) -> bool:
     """
     inner = unwrapped(model)
     outside = [one for one in inner.children() if inner.base_model not in (inner, one)]
-    head = [part for one in (*outside, inner.get_output_embeddings()) if one is not None for part in one.modules()]
+    head = [part for one in (*outside, output_embeddings(inner)) if one is not None for part in one.modules()]
     replaced = any(map(has_replaced_forward, head))
     return not (replaced or has_own_forward(inner) or has_own_hooks(model, inner, *head))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.info import ModelInfo, unwrapped
+from ..models.info import ModelInfo, output_embeddings, unwrapped
 from ..models.probe import off_by, tolerance
 from ..models.replaced import Called, with_module
 from ..models.trial import quietly, short_text
@@ -69,7 +69,7 @@ def _text(model: Any, info: ModelInfo) -> tuple[Tensor, Tensor]:
 
 def _without_other_rows(model: Any, columns: Tensor) -> Any:
     """`model`, whose head gives NaN but in `columns`."""
-    head = model.get_output_embeddings()
+    head = output_embeddings(model)
     path = next((name for name, module in model.named_modules() if module is head), "")
     if head is None or not path:
         return model

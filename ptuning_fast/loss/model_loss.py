@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..models.embedding import are_several
 from ..models.families import hooks_of
-from ..models.info import ModelInfo, unwrapped
+from ..models.info import ModelInfo, output_embeddings, unwrapped
 from .chunks import has_chunks, in_chunks, is_large
 from .kinds import is_of_tokens, is_of_transformers, picks_by_mask, warn_of_own, warn_of_own_forward
 from .labelled import keeps_labelled_rows, last_rows, on_labelled_rows, predicting
@@ -28,7 +28,7 @@ class ModelLoss:
     def find(self, check: Callable[[Any, ModelInfo], Found], model: Any) -> Found:
         """What `check` finds out of the model, once for each loss function, head, forwards and hooks that it has."""
         inner = unwrapped(model)
-        head = inner.get_output_embeddings()
+        head = output_embeddings(inner)
         parts = [getattr(inner, "loss_function", None), head]
         for one in (inner, head) if isinstance(head, nn.Module) else (inner,):
             parts += [type(one).forward, vars(one).get("forward"), *hooks_of(one)]

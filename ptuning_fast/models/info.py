@@ -23,6 +23,7 @@ __all__ = [
     "has_adapter",
     "has_decoder",
     "is_a",
+    "output_embeddings",
     "prompts_in",
     "unwrapped",
     "uses_adapter",
@@ -316,6 +317,14 @@ def unwrapped(model: Any) -> Any:
     """The transformers model inside what torch.compile or PEFT (LoRA and the like) put around it."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_embeddings(model: Any) -> Any:
+    """The module that gives a language model's logits; None where it has none, or another head than its class's."""
+    try:
+        return model.get_output_embeddings()
+    except AttributeError:  # transformers looks for it in the head that the class has
+        return None
 
 
 def prompts_in(model: nn.Module) -> tuple[str, ...]:

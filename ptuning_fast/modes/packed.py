@@ -107,7 +107,7 @@ def of_sequences(rows: Tensor, starts: Tensor, m: int, batch: Batch) -> Tensor:
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     ones = [1] * (rows.dim() - 2)
     out = out.masked_scatter(there.view(*ids.shape, *ones), rows[0, is_token])
-    if mask is None or m == 0:
+    if mask is None or 0 in (m, ids.shape[1]):
         return out
     first = there.int().argmax(1)
     place = torch.arange(len(ids), device=ids.device), (first - 1).clamp(min=0)

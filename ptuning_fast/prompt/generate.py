@@ -13,6 +13,7 @@ time cannot be told.
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,10 +30,12 @@ from ..op import Batch, Layout, Prompt
 
 __all__ = [
     "CachedPrompt",
+    "check_cache",
     "check_for_ids",
     "copies_of_rows",
     "count_new_tokens",
     "generate_behind",
+    "mark_cache",
     "mask_of",
     "most_new_tokens",
     "taking_embeddings",
@@ -204,6 +207,25 @@ def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
             raise ValueError(f"max_length is {length}, and there are {columns} columns already: take max_new_tokens")
         if length > columns:
             options[new] = length - columns
+
+
+def check_cache(cache: Any, owner: object) -> None:
+    """A warning where a filled cache is none that generate has given behind this prompt, which it may lack."""
+    filled = getattr(cache, "get_seq_length", int)()
+    if filled and getattr(cache, _BEHIND, None) != id(owner):
+        warnings.warn(
+            "past_key_values are not of generate behind this prompt: where they lack it, or have another, other tokens "
+            "come out",
+            stacklevel=3,
+        )
+
+
+def mark_cache(cache: Any, owner: object) -> None:
+    if hasattr(cache, "get_seq_length"):
+        setattr(cache, _BEHIND, id(owner))
+
+
+_BEHIND = "_ptuning_fast_behind"  # copies of a cache have it, too
 
 
 def generate_behind(model: Any, input_ids: Tensor, inputs: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..files import hub
 from ..models import describe, unwrapped
 from ..models.families import class_of, has_own_forward
-from ..models.info import check_tensors, has_adapter, prompts_in
+from ..models.info import check_tensors, has_adapter, output_embeddings, prompts_in
 from ..modes.base import LaidOut
 from ..modes.flattened import FLATTENED
 from ..modes.outputs import CACHES, of_text, per_column_of_short_texts
@@ -58,7 +58,7 @@ def _perhaps_a_head(model: Any) -> str | None:
     """Of a class of somebody's own, a parameter outside its base model that is not frozen and no language head's."""
     if class_of(model).__module__.startswith("transformers.") or model.base_model is model:
         return None
-    outputs = model.get_output_embeddings()
+    outputs = output_embeddings(model)
     known = {*model.base_model.parameters(), *(outputs.parameters() if outputs is not None else ())}
     return next((name for name, one in model.named_parameters() if one.requires_grad and one not in known), None)
 
@@ -220,7 +220,7 @@ class PromptedModel(nn.Module):
 
     def _backbone(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> "ModelOutput":
         inner = unwrapped(self.model)
-        if hasattr(inner.get_output_embeddings(), "base_layer"):
+        if hasattr(output_embeddings(inner), "base_layer"):
             raise TypeError(
                 "the head has an adapter, which whoever takes its weight alone leaves out: adapt other modules"
             )

@@ -373,6 +373,31 @@ def test_what_somebody_has_put_around_a_head(kind, way, torch_backend):
     assert rows_of(ids % 2) == rows_of(None) == len(ids)
 
 
+class InFp32(torch.nn.Sequential):
+    """As PEFT's examples have it around a head."""
+
+    def forward(self, rows):
+        return super().forward(rows).float()
+
+
+@pytest.mark.parametrize("head", [InFp32, lambda head: torch.nn.Linear(zoo.D, zoo.V)])
+def test_another_head_than_transformers_looks_for(head, torch_backend):
+    """Its output embeddings are then nowhere, to transformers."""
+    model = zoo.build("BERT", "BertForMaskedLM")
+    model.cls = head(model.cls).requires_grad_(False)
+    prompted, expected = PromptedModel(model, 3), PromptedModel(model, 3, mode="prepend")
+    expected.load_state_dict(prompted.state_dict())
+    ids, mask, labels = batch("last")
+    losses = [one(ids, mask, labels=labels).loss for one in (prompted, expected)]
+    losses.append(prompted.prompt.loss(ids, mask, labels=labels))
+    logits, table = [], model.get_input_embeddings()
+    for text in (row[there != 0] for row, there in zip(ids, mask)):
+        rows = torch.cat([prompted.prompt.embeddings(), table(text)])[None]
+        logits.append(model(inputs_embeds=rows).logits[0, 3:])
+    right = F.cross_entropy(torch.cat(logits), labels[mask != 0])
+    assert all(torch.allclose(loss, right, rtol=1e-4) for loss in losses)
+
+
 def test_a_partial_of_transformers_loss_is_another_loss(torch_backend):
     model = build("llama")
     assert is_of_tokens(model)

@@ -191,6 +191,26 @@ def test_a_next_call_goes_on_from_the_cache(side, torch_backend):
             assert (out - alone[-1]).abs().max() <= zoo.TOLERANCE
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_cache_that_lacks_the_prompt_is_warned_of(torch_backend):
+    """Those that it has filled are not: the caller's own, and what it gives back."""
+    model = zoo.build("Llama")
+    prompt, other = SoftPrompt(model, zoo.M), SoftPrompt(model, zoo.M)
+    ids = torch.stack(zoo.texts([5]))
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    cache = transformers.DynamicCache(config=model.config)
+    for _ in range(2):
+        ids = torch.cat([ids, prompt.generate(ids, past_key_values=cache, **options)], 1)
+    given = prompt.generate(ids, return_dict_in_generate=True, **options).past_key_values
+    plain = model.generate(ids, return_dict_in_generate=True, **options).past_key_values
+    longer = torch.cat([ids, ids], 1)
+    prompt.generate(longer, past_key_values=copy.deepcopy(given), **options)
+    for one, caches in ((prompt, (plain,)), (other, (given, cache))):
+        for filled in caches:
+            with pytest.warns(UserWarning, match="past_key_values are not of generate behind this prompt"):
+                one.generate(longer, past_key_values=filled, **options)
+
+
 @pytest.mark.parametrize(("name", "train"), [("Mistral", False), ("Llama", True)])
 def test_padding_that_would_shift_a_window_and_training_are_left_to_the_model(name, train, torch_backend):
     model = zoo.build(name).train(train)

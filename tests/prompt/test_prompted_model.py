@@ -146,6 +146,12 @@ def test_what_is_frozen_and_what_is_saved(tmp_path):
     assert list(prompted.state_dict()) == ["prompt.prompt_embeddings"]
 
 
+@pytest.mark.parametrize("mode", ["prepend", "packed", "shared", "auto"])
+def test_texts_of_no_token(mode):
+    ids = torch.empty(2, 0, dtype=torch.long)
+    assert PromptedModel(zoo.build("Llama"), 3, mode=mode).eval()(ids, ids).logits.shape == (2, 0, zoo.V)
+
+
 def test_a_classifiers_head_is_trained_and_saved(tmp_path):
     """As PEFT has it; what else is trained is not in the adapter, which is said."""
     classifier = zoo.build("BERT", "BertForSequenceClassification").requires_grad_(True)
