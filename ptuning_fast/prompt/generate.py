@@ -14,7 +14,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,16 +26,17 @@ from ..models.embedding import device_of, prepend, rows_of
 from ..models.info import ModelInfo, fits, unwrapped
 from ..models.probe import off_by, tolerance
 from ..models.trial import held_by, is_changed, one_at_a_time, ordinary_tokens, padded, quietly
+from ..modes.outputs import CACHES
 from ..op import Batch, Layout, Prompt
 
 __all__ = [
     "CachedPrompt",
-    "check_cache",
+    "check_caches",
     "check_for_ids",
     "copies_of_rows",
     "count_new_tokens",
     "generate_behind",
-    "mark_cache",
+    "mark_caches",
     "mask_of",
     "most_new_tokens",
     "taking_embeddings",
@@ -209,20 +210,23 @@ def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
             options[new] = length - columns
 
 
-def check_cache(cache: Any, owner: object) -> None:
+def check_caches(options: Mapping[str, Any], owner: object) -> None:
     """A warning where a filled cache is none that generate has given behind this prompt, which it may lack."""
-    filled = getattr(cache, "get_seq_length", int)()
-    if filled and getattr(cache, _BEHIND, None) != id(owner):
+    if any(one.get_seq_length() and getattr(one, _BEHIND, None) != id(owner) for one in _caches_in(options)):
         warnings.warn(
-            "past_key_values are not of generate behind this prompt: where they lack it, or have another, other tokens "
-            "come out",
+            "the cache to go on from is not of generate behind this prompt: where it lacks it, or has another, other "
+            "tokens come out",
             stacklevel=3,
         )
 
 
-def mark_cache(cache: Any, owner: object) -> None:
-    if hasattr(cache, "get_seq_length"):
-        setattr(cache, _BEHIND, id(owner))
+def mark_caches(out: Mapping[str, Any], owner: object) -> None:
+    for one in _caches_in(out):
+        setattr(one, _BEHIND, id(owner))
+
+
+def _caches_in(given: Mapping[str, Any]) -> list[Any]:
+    return [one for name in CACHES if hasattr(one := given.get(name), "get_seq_length")]
 
 
 _BEHIND = "_ptuning_fast_behind"  # copies of a cache have it, too

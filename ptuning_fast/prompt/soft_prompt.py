@@ -23,11 +23,11 @@ from ..serving.saving import Saving
 from .encoder import PromptEncoder
 from .generate import (
     CachedPrompt,
-    check_cache,
+    check_caches,
     check_for_ids,
     copies_of_rows,
     generate_behind,
-    mark_cache,
+    mark_caches,
     mask_of,
     most_new_tokens,
     taking_embeddings,
@@ -368,15 +368,15 @@ class SoftPrompt(Saving):
             self.info.check_room(self.length, input_ids)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
-        cache = options.get("past_key_values")
-        check_cache(cache, self)
+        check_caches(options, self)
         with taking_embeddings(self.model):
             if not input_ids.shape[1] or self.info.has_decoder or options.get("custom_generate") is not None:
                 out = self.model.generate(**inputs, **options)
             else:
                 out = generate_behind(self.model, input_ids, inputs, options)
-        for one in (cache, getattr(out, "past_key_values", None)):
-            mark_cache(one, self)
+        mark_caches(options, self)
+        if not torch.is_tensor(out):
+            mark_caches(out, self)
         return out
 
     def _mode(self, name: str) -> Mode:

@@ -198,17 +198,17 @@ def test_a_cache_that_lacks_the_prompt_is_warned_of(torch_backend):
     prompt, other = SoftPrompt(model, zoo.M), SoftPrompt(model, zoo.M)
     ids = torch.stack(zoo.texts([5]))
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
-    cache = transformers.DynamicCache(config=model.config)
+    name, cache = prompt.info.cache, transformers.DynamicCache(config=model.config)
     for _ in range(2):
-        ids = torch.cat([ids, prompt.generate(ids, past_key_values=cache, **options)], 1)
-    given = prompt.generate(ids, return_dict_in_generate=True, **options).past_key_values
-    plain = model.generate(ids, return_dict_in_generate=True, **options).past_key_values
+        ids = torch.cat([ids, prompt.generate(ids, **{name: cache}, **options)], 1)
+    given = prompt.generate(ids, return_dict_in_generate=True, **options)[name]
+    plain = model.generate(ids, return_dict_in_generate=True, **options)[name]
     longer = torch.cat([ids, ids], 1)
-    prompt.generate(longer, past_key_values=copy.deepcopy(given), **options)
+    prompt.generate(longer, **{name: copy.deepcopy(given)}, **options)
     for one, caches in ((prompt, (plain,)), (other, (given, cache))):
         for filled in caches:
-            with pytest.warns(UserWarning, match="past_key_values are not of generate behind this prompt"):
-                one.generate(longer, past_key_values=filled, **options)
+            with pytest.warns(UserWarning, match="the cache to go on from is not of generate behind this prompt"):
+                one.generate(longer, **{name: filled}, **options)
 
 
 @pytest.mark.parametrize(("name", "train"), [("Mistral", False), ("Llama", True)])
