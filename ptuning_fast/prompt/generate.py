@@ -210,23 +210,38 @@ def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
             options[new] = length - columns
 
 
-def check_caches(options: Mapping[str, Any], owner: object) -> None:
-    """A warning where a filled cache is none that generate has given behind this prompt, which it may lack."""
-    if any(one.get_seq_length() and getattr(one, _BEHIND, None) != id(owner) for one in _caches_in(options)):
-        warnings.warn(
-            "the cache to go on from is not of generate behind this prompt: where it lacks it, or has another, other "
-            "tokens come out",
-            stacklevel=3,
-        )
+def check_caches(options: Mapping[str, Any], prompt: Prompt) -> None:
+    """A warning where a filled cache is none that generate has given behind these virtual tokens, which it may lack."""
+    rows = _rows(prompt)
+    for cache in _caches_in(options):
+        before = getattr(cache, _BEHIND, None)
+        if _is_filled(cache) and not (before is not None and _equal(before, rows)):
+            warnings.warn(
+                "the cache to go on from is not of generate behind this prompt as it is now: where it lacks it, or has "
+                "another, other tokens come out",
+                stacklevel=3,
+            )
 
 
-def mark_caches(out: Mapping[str, Any], owner: object) -> None:
-    for one in _caches_in(out):
-        setattr(one, _BEHIND, id(owner))
+def mark_caches(out: Mapping[str, Any], prompt: Prompt) -> None:
+    for cache in _caches_in(out):
+        setattr(cache, _BEHIND, _rows(prompt))
 
 
 def _caches_in(given: Mapping[str, Any]) -> list[Any]:
     return [one for name in CACHES if hasattr(one := given.get(name), "get_seq_length")]
+
+
+def _is_filled(cache: Any) -> bool:
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # of linear layers alone, which count nothing
+        return bool(cache.has_previous_state())
+
+
+def _rows(prompt: Prompt) -> Tensor:
+    vectors, index = prompt.vectors.detach(), prompt.prompt_index
+    return vectors.clone() if index is None else vectors[index]
 
 
 _BEHIND = "_ptuning_fast_behind"  # copies of a cache have it, too

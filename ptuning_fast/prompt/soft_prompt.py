@@ -368,15 +368,15 @@ class SoftPrompt(Saving):
             self.info.check_room(self.length, input_ids)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
-        check_caches(options, self)
+        check_caches(options, prompt)
         with taking_embeddings(self.model):
             if not input_ids.shape[1] or self.info.has_decoder or options.get("custom_generate") is not None:
                 out = self.model.generate(**inputs, **options)
             else:
                 out = generate_behind(self.model, input_ids, inputs, options)
-        mark_caches(options, self)
+        mark_caches(options, prompt)
         if not torch.is_tensor(out):
-            mark_caches(out, self)
+            mark_caches(out, prompt)
         return out
 
     def _mode(self, name: str) -> Mode:

@@ -1,6 +1,7 @@
 """SoftPrompt.generate: the tokens of model.generate(**prompt(...)), with the prompt run through the model once."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -203,12 +204,43 @@ def test_a_cache_that_lacks_the_prompt_is_warned_of(torch_backend):
         ids = torch.cat([ids, prompt.generate(ids, **{name: cache}, **options)], 1)
     given = prompt.generate(ids, return_dict_in_generate=True, **options)[name]
     plain = model.generate(ids, return_dict_in_generate=True, **options)[name]
-    longer = torch.cat([ids, ids], 1)
-    prompt.generate(longer, **{name: copy.deepcopy(given)}, **options)
-    for one, caches in ((prompt, (plain,)), (other, (given, cache))):
-        for filled in caches:
-            with pytest.warns(UserWarning, match="the cache to go on from is not of generate behind this prompt"):
-                one.generate(longer, **{name: filled}, **options)
+    longer, loaded = torch.cat([ids, ids], 1), copy.deepcopy(prompt)
+    loaded.generate(longer, **{name: copy.deepcopy(given)}, **options)
+    with torch.no_grad():
+        prompt.prompt_embeddings += 1
+    for one, filled in ((loaded, plain), (other, given), (other, cache), (prompt, given)):
+        with pytest.warns(UserWarning, match="the cache to go on from is not of generate behind this prompt as it is"):
+            one.generate(longer, **{name: copy.deepcopy(filled)}, **options)
+
+
+@pytest.mark.filterwarnings("error:the cache")
+def test_a_cache_of_another_prompt_of_a_bank_is_warned_of(torch_backend):
+    bank = SoftPrompt(zoo.build("Llama"), zoo.M, num_prompts=3)
+    ids, index = torch.stack(zoo.texts([5, 5])), torch.tensor([2, 0])
+    options = {"max_new_tokens": 2, "do_sample": False}
+    out = bank.generate(ids, prompt_index=index, return_dict_in_generate=True, **options)
+    longer, name = torch.cat([ids, ids], 1), bank.info.cache
+    bank.generate(longer, prompt_index=index, **{name: copy.deepcopy(out[name])}, **options)
+    with pytest.warns(UserWarning, match="the cache to go on from"):
+        bank.generate(longer, prompt_index=index.flip(0), **{name: out[name]}, **options)
+
+
+@pytest.mark.filterwarnings("error:the cache")
+def test_a_cache_that_counts_no_columns(torch_backend):
+    config = {"vocab_size": zoo.V, "hidden_size": zoo.D, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**config, initializer_range=0.3)).eval()
+    prompt, ids = SoftPrompt(model, zoo.M), torch.stack(zoo.texts([5]))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    out = prompt.generate(ids, return_dict_in_generate=True, **options)
+    plain = model.generate(ids, return_dict_in_generate=True, **options)
+    longer = torch.cat([ids, out.sequences, ids[:, :3]], 1)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "cache_params"
+    cache, other = (next(one[key] for key in ("past_key_values", "cache") if key in one) for one in (out, plain))
+    found = prompt.generate(longer, **{name: cache}, **options)
+    assert torch.equal(found, prompt.generate(longer, **options))
+    with pytest.warns(UserWarning, match="the cache to go on from"):
+        prompt.generate(longer, **{name: other}, **options)
 
 
 @pytest.mark.parametrize(("name", "train"), [("Mistral", False), ("Llama", True)])
