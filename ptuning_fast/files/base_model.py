@@ -131,7 +131,7 @@ def _check_tied(
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether they are equal, NaN by NaN."""
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def warn_of_rounding(own: Mapping[str, Tensor], saved: dict[str, Tensor], folder: str | Path) -> None:

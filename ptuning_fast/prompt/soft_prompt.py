@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -375,7 +376,7 @@ class SoftPrompt(Saving):
             else:
                 out = generate_behind(self.model, input_ids, inputs, options)
         mark_caches(options, prompt)
-        if not torch.is_tensor(out):
+        if isinstance(out, Mapping):  # custom_generate's may be anything
             mark_caches(out, prompt)
         return out
 

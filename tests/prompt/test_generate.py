@@ -225,6 +225,16 @@ def test_a_cache_of_another_prompt_of_a_bank_is_warned_of(torch_backend):
         bank.generate(longer, prompt_index=index.flip(0), **{name: out[name]}, **options)
 
 
+def test_a_way_to_generate_of_somebodys_own(torch_backend):
+    """It gets the inputs, and what it returns comes back as it is."""
+    prompt, ids = SoftPrompt(zoo.build("Llama"), zoo.M), torch.stack(zoo.texts([5]))
+
+    def mine(model, inputs, inputs_embeds=None, **kwargs):
+        return ["done", inputs_embeds.shape[1]]
+
+    assert prompt.generate(ids, custom_generate=mine, max_new_tokens=2) == ["done", zoo.M + 5]
+
+
 @pytest.mark.filterwarnings("error:the cache")
 def test_a_cache_that_counts_no_columns(torch_backend):
     config = {"vocab_size": zoo.V, "hidden_size": zoo.D, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": 0}
