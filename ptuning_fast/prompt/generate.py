@@ -212,10 +212,9 @@ def count_new_tokens(model: Any, options: dict[str, Any], columns: int) -> None:
 
 def check_caches(options: Mapping[str, Any], prompt: Prompt) -> None:
     """A warning where a filled cache is none that generate has given behind these virtual tokens, which it may lack."""
-    rows = _rows(prompt)
     for cache in _caches_in(options):
         before = getattr(cache, _BEHIND, None)
-        if _is_filled(cache) and not (before is not None and _equal(before, rows)):
+        if _is_filled(cache) and (before is None or not _equal(before, _rows(prompt))):
             warnings.warn(
                 "the cache to go on from is not of generate behind this prompt as it is now: where it lacks it, or has "
                 "another, other tokens come out",
