@@ -7,6 +7,7 @@ import pytest
 import sweep
 import torch
 import zoo
+from causal import CAUSAL, assert_same, batch, build, gradients
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,8 +16,6 @@ from ptuning_fast.loss import chunks as of_chunks
 from ptuning_fast.loss import model_loss
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
-CLASSES = sweep.model_types()
-CAUSAL = ["llama", "qwen3", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "opt", "mixtral", "olmo2"]
 ROWS = 3  # of a chunk
 
 
@@ -38,27 +37,6 @@ def chunks(monkeypatch):
 
     monkeypatch.setattr(model_loss, "in_chunks", counted)
     return counts
-
-
-def build(kind):
-    return sweep.build(kind, CLASSES[kind], "eager" if kind == "gemma2" else "sdpa").requires_grad_(False)
-
-
-def batch(labelled="all", side="right"):
-    ids, mask = zoo.padded(zoo.texts(), side)
-    labels = ids.masked_fill(mask == 0, -100)
-    if labelled == "some":
-        labels = labels.masked_fill(ids % 3 == 0, -100)
-    return ids, mask, labels
-
-
-def gradients(loss, *parameters, **options):
-    return loss.detach(), *torch.autograd.grad(loss, parameters, **options)
-
-
-def assert_same(actual, expected, loss=1e-6, gradient=1e-5):
-    for one, other, most in zip(actual, expected, [loss] + [gradient] * len(expected)):
-        assert one.dtype == other.dtype and (one - other).abs().max() <= most * other.abs().max()
 
 
 @pytest.mark.parametrize(("mode", "labelled", "count"), [("auto", "all", None), ("prepend", "some", 37)])

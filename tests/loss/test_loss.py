@@ -1,49 +1,18 @@
 """SoftPrompt.loss: the model's own loss, in the mode with the fewest rows, with the head on labelled rows alone."""
 
-import functools
-import inspect
-import warnings
-from argparse import Namespace
-
-import accelerate
 import pytest
-import sweep
 import torch
 import torch.nn.functional as F
 import transformers
 import zoo
+from causal import CAUSAL, assert_same, batch, build, gradients
 from transformers import BambaConfig, BambaForCausalLM, FunnelConfig, FunnelModel
 
 from ptuning_fast import PromptedModel, SoftPrompt
-from ptuning_fast.loss.kinds import has_causal_loss, is_of_tokens, picks_by_mask
+from ptuning_fast.loss.kinds import has_causal_loss, picks_by_mask
 from ptuning_fast.loss.labelled import keeps_labelled_rows
 from ptuning_fast.loss.model_loss import ModelLoss
 from ptuning_fast.models import describe
-
-CLASSES = sweep.model_types()
-CAUSAL = ["llama", "qwen3", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "opt", "mixtral", "olmo2"]
-
-
-def build(kind):
-    return sweep.build(kind, CLASSES[kind], "eager" if kind == "gemma2" else "sdpa")
-
-
-def batch(labelled, side="right"):
-    ids, mask = zoo.padded(zoo.texts(), side)
-    labels = ids.masked_fill(mask == 0, -100)
-    if labelled == "last":  # of each text the last two tokens
-        position = mask.cumsum(1)
-        labels = labels.masked_fill(position <= mask.sum(1, keepdim=True) - 2, -100)
-    return ids, mask, labels
-
-
-def gradients(prompt, loss):
-    return loss.detach(), *torch.autograd.grad(loss, prompt.prompt_embeddings)
-
-
-def assert_same(actual, expected):
-    for one, other in zip(actual, expected):
-        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 @pytest.mark.parametrize(("labelled", "count"), [("all", None), ("last", None), ("last", 37)])
@@ -54,8 +23,8 @@ def test_it_is_the_models_loss(kind, mode, labelled, count, torch_backend):
     prompt = SoftPrompt(model, zoo.M)
     ids, mask, labels = batch(labelled, "left")
     more = {} if count is None else {"num_items_in_batch": count}
-    expected = gradients(prompt, model(**prompt(ids, mask, labels=labels), **more).loss)
-    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels, mode=mode, **more)), expected)
+    expected = gradients(model(**prompt(ids, mask, labels=labels), **more).loss, prompt.prompt_embeddings)
+    assert_same(gradients(prompt.loss(ids, mask, labels=labels, mode=mode, **more), prompt.prompt_embeddings), expected)
 
 
 @pytest.mark.parametrize("mode", ["auto", "prepend"])
@@ -124,9 +93,11 @@ def test_rows_that_see_others_behind_the_attention(kind, part, rows, torch_backe
     labels = ids.masked_fill((place < 20) | (place > 23), -100)
     for m in (1, 4):
         prompt = SoftPrompt(model, m)
-        expected = gradients(prompt, model(**prompt(ids, mask, labels=labels)).loss)
-        assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels, mode="prepend")), expected)
-        assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
+        expected = gradients(model(**prompt(ids, mask, labels=labels)).loss, prompt.prompt_embeddings)
+        assert_same(
+            gradients(prompt.loss(ids, mask, labels=labels, mode="prepend"), prompt.prompt_embeddings), expected
+        )
+        assert_same(gradients(prompt.loss(ids, mask, labels=labels), prompt.prompt_embeddings), expected)
         for mode in ("packed", "shared"):
             with pytest.raises(TypeError, match="cannot be given a packed batch"):
                 prompt(ids, mask, mode=mode)
@@ -152,9 +123,9 @@ def test_models_without_a_causal_loss(torch_backend):
     ):
         model = zoo.build(name, class_name)
         prompt = SoftPrompt(model, zoo.M)
-        expected = gradients(prompt, model(**prompt(ids, mask, labels=given)).loss)
+        expected = gradients(model(**prompt(ids, mask, labels=given)).loss, prompt.prompt_embeddings)
         for mode in ("auto", "prepend"):
-            assert_same(gradients(prompt, prompt.loss(ids, mask, labels=given, mode=mode)), expected)
+            assert_same(gradients(prompt.loss(ids, mask, labels=given, mode=mode), prompt.prompt_embeddings), expected)
     with pytest.raises(ValueError, match="needs labels"):
         prompt.loss(ids, mask)
 
@@ -230,48 +201,6 @@ def test_a_loss_that_counts_what_has_no_label(torch_backend, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_model_that_accelerate_has_prepared(kind, torch_backend):
-    """Its forward is then one under autocast: as exact as that is, and no less is saved."""
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-    ids, mask, labels = batch("last")
-    model = build(kind).requires_grad_(False)
-    start = torch.randn(3, zoo.D, generator=torch.Generator().manual_seed(8)) / 4
-    expected = PromptedModel(model, prompt=SoftPrompt(model, 3, init=start))(ids, mask, labels=labels).loss
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    assert prepared is model and "forward" in vars(model)
-    prompt = SoftPrompt(model, 3, init=start)
-    for mode in ("prepend", "packed", "shared", "auto"):
-        assert (PromptedModel(model, prompt=prompt, mode=mode)(ids, mask, labels=labels).loss - expected).abs() < 0.03
-    inputs = prompt(ids, mask, labels=labels, mode="auto")
-    assert "prefix_length" in inputs and prompt.has_causal_loss
-
-    def theirs(*args, **kwargs):
-        return forward(*args, **kwargs)
-
-    theirs.__signature__ = inspect.signature(model.forward)
-    forward, model.forward = model.forward, theirs
-    assert "prefix_length" not in SoftPrompt(model, 3)(ids, mask, labels=labels, mode="auto")
-
-
-def test_a_loss_function_that_is_replaced(torch_backend):
-    """One that knows nothing of kept rows has all of them."""
-    model = build("llama")
-    prompt = SoftPrompt(model, 3)
-    ids, mask, labels = batch("last")
-    prompt.loss(ids, mask, labels=labels)
-
-    def squares(logits, labels, vocab_size, **kwargs):
-        assert logits.shape[1] == labels.shape[1]
-        return logits.square().mean()
-
-    model.loss_function = squares
-    expected = model(**prompt(ids, mask, labels=labels)).loss
-    assert_same([prompt.loss(ids, mask, labels=labels, mode="prepend")], [expected])
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -292,142 +221,6 @@ def test_losses_that_do_not_go_by_the_number_of_items_say_so(name, kind, torch_b
         prompt.loss(ids, mask, labels=labels, num_items_in_batch=7)
 
 
-def of_texts(out, labels):
-    """The mean over texts, not over tokens; [B, S, V] logits have the label of the next column."""
-    losses = F.cross_entropy(out.logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
-    return (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
-
-
-def by_a_class(model):
-    """`functools.wraps` hands on the module that the forward says it is of."""
-
-    class Mine(type(model)):
-        @functools.wraps(type(model).forward)
-        def forward(self, *args, labels=None, **kwargs):
-            out = super().forward(*args, **kwargs)
-            out.loss = None if labels is None else of_texts(out, labels)
-            return out
-
-    model.__class__ = Mine
-
-
-def by_a_hook(model):
-    def hook(module, args, kwargs, out):
-        if kwargs.get("labels") is not None:
-            out.loss = of_texts(out, kwargs["labels"])
-        return out
-
-    model.register_forward_hook(hook, with_kwargs=True)
-
-
-def by_a_function(model):
-    whole = model.loss_function
-
-    @functools.wraps(whole)
-    def mine(logits, labels, vocab_size, **kwargs):
-        return of_texts(Namespace(logits=logits), labels)
-
-    model.loss_function = mine
-
-
-HEADS = {
-    ("bert", "BertForTokenClassification"): "classifier",
-    ("llama", "LlamaForTokenClassification"): "score",
-    ("llama", "LlamaForCausalLM"): "lm_head",
-    ("mllama_text_model", "MllamaForCausalLM"): "lm_head",  # whose base_model is itself
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*could not be probed")
-@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "forward, offloaded", "hook of Accelerate's"])
-@pytest.mark.parametrize("kind", HEADS)
-def test_what_somebody_has_put_around_a_head(kind, way, torch_backend):
-    """It may weigh rows: a packed batch is one."""
-    model = sweep.build(*kind, "sdpa").eval()
-    ids, mask, _ = batch("last")
-
-    def rows_of(labels):
-        return len(SoftPrompt(model, 3)(ids, mask, labels=labels, mode="auto")["inputs_embeds"])
-
-    assert rows_of(ids % 2) == 1
-
-    def weighed(rows):
-        return rows * torch.linspace(0.5, 1.5, len(rows))[:, None, None]
-
-    class Mine(accelerate.hooks.ModelHook):
-        def post_forward(self, module, output):
-            return weighed(output)
-
-    part = getattr(model, HEADS[kind])
-    if way == "hook":
-        part.register_forward_hook(lambda module, args, out: weighed(out))
-    elif way == "pre-hook":
-        part.register_forward_pre_hook(lambda module, args: (weighed(args[0]),))
-    elif way == "hook of Accelerate's":
-        accelerate.hooks.add_hook_to_module(part, Mine())
-    else:
-        whole = part.forward
-        part.forward = lambda rows: weighed(whole(rows))
-        if way == "forward, offloaded":
-            accelerate.hooks.add_hook_to_module(part, accelerate.hooks.AlignDevicesHook("cpu"))
-    assert rows_of(ids % 2) == rows_of(None) == len(ids)
-
-
-class InFp32(torch.nn.Sequential):
-    """As PEFT's examples have it around a head."""
-
-    def forward(self, rows):
-        return super().forward(rows).float()
-
-
-@pytest.mark.parametrize("head", [InFp32, lambda head: torch.nn.Linear(zoo.D, zoo.V)])
-def test_another_head_than_transformers_looks_for(head, torch_backend):
-    """Its output embeddings are then nowhere, to transformers."""
-    model = zoo.build("BERT", "BertForMaskedLM")
-    model.cls = head(model.cls).requires_grad_(False)
-    prompted, expected = PromptedModel(model, 3), PromptedModel(model, 3, mode="prepend")
-    expected.load_state_dict(prompted.state_dict())
-    ids, mask, labels = batch("last")
-    losses = [one(ids, mask, labels=labels).loss for one in (prompted, expected)]
-    losses.append(prompted.prompt.loss(ids, mask, labels=labels))
-    logits, table = [], model.get_input_embeddings()
-    for text in (row[there != 0] for row, there in zip(ids, mask)):
-        rows = torch.cat([prompted.prompt.embeddings(), table(text)])[None]
-        logits.append(model(inputs_embeds=rows).logits[0, 3:])
-    right = F.cross_entropy(torch.cat(logits), labels[mask != 0])
-    assert all(torch.allclose(loss, right, rtol=1e-4) for loss in losses)
-
-
-def test_a_partial_of_transformers_loss_is_another_loss(torch_backend):
-    model = build("llama")
-    assert is_of_tokens(model)
-    model.loss_function = functools.partial(model.loss_function, ignore_index=7)
-    assert not is_of_tokens(model)
-
-
-@pytest.mark.parametrize("change", [by_a_class, by_a_hook, by_a_function])
-def test_what_looks_like_the_models_own_loss_and_is_not(change, torch_backend):
-    ids, mask, _ = batch("last")
-    labels = ids.masked_fill(mask == 0, -100)
-    model = build("llama")
-    change(model)
-    prompt = SoftPrompt(model, 3)
-    padded = model(**prompt(ids, mask, labels=labels, mode="prepend"))
-    expected = gradients(prompt, of_texts(padded, F.pad(labels, (3, 0), value=-100)))
-    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
-    assert_same(gradients(prompt, model(**prompt(ids, mask, labels=labels, mode="auto")).loss), expected)
-    for mode in ("packed", "shared"):
-        with pytest.warns(UserWarning, match="is not transformers' own, or a hook is on the model") as seen:
-            SoftPrompt(model, 3)(ids, mask, labels=labels, mode=mode)
-        assert len(seen) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            SoftPrompt(build("llama"), 3)(ids, mask, labels=labels, mode=mode)
-            if change is not by_a_function:
-                warnings.filterwarnings("ignore", message="the forward of .* is not transformers' own, or a hook")
-            SoftPrompt(model, 3)(ids, mask, mode=mode)
-
-
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
@@ -438,9 +231,9 @@ def test_a_loss_that_picks_its_labels_by_the_mask(torch_backend):
     ids, mask, _ = batch("last")
     labels = (ids % 3).masked_fill(mask == 0, -100)
     prompt = SoftPrompt(model, 3)
-    expected = gradients(prompt, model(**prompt(ids, mask, labels=labels)).loss)
+    expected = gradients(model(**prompt(ids, mask, labels=labels)).loss, prompt.prompt_embeddings)
     assert expected[1].abs().max() > 0
-    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
+    assert_same(gradients(prompt.loss(ids, mask, labels=labels), prompt.prompt_embeddings), expected)
     with pytest.raises(ValueError, match="picks labels by attention_mask, which a packed batch has not"):
         prompt.loss(ids, mask, labels=labels, mode="packed")
 
@@ -477,24 +270,6 @@ def test_what_is_taken_for_granted_where_a_loss_cannot_be_probed(monkeypatch, to
         model = transformers.AutoModelForTokenClassification.from_config(config)
         exact[kind] = ModelLoss(describe(model)).is_exact_in_one_row(model, torch.zeros(1, 6).long(), True)
     assert exact == {"xlm-roberta-xl": False, "roberta": True}
-
-
-def test_losses_that_weigh_tokens_or_rows(torch_backend):
-    """Of a replaced loss nothing is known: all rows go through the head, in the layout of the model."""
-
-    def weighted(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
-        targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
-        weight = torch.ones(vocab_size).index_fill(0, torch.tensor([3]), 0.1)
-        losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, weight=weight, reduction="none")
-        return (losses.sum(1) / (targets != -100).sum(1)).mean()
-
-    ids, mask, labels = batch("last")
-    labels[:, -1:] = labels[:, -1:].masked_fill(labels[:, -1:] != -100, 3)
-    model = build("llama")
-    model.loss_function = weighted
-    prompt = SoftPrompt(model, 3)
-    expected = gradients(prompt, model(**prompt(ids, mask, labels=labels)).loss)
-    assert_same(gradients(prompt, prompt.loss(ids, mask, labels=labels)), expected)
 
 
 def test_a_model_that_needs_more_than_ids_has_the_loss_of_its_kind(torch_backend):
