@@ -150,7 +150,7 @@ class FastPTuning(nn.Module):
         self.bert.requires_grad_(False)
         if precision is not None:
             store_linears(self.bert, precision)
-        self.prompt_length, self.num_labels = prompt_length, num_labels
+        self.num_labels = num_labels
         self.pooling, self.mode = pooling, mode
         self.id2label = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
         self.base_model = _base_model(self.bert.config._name_or_path if loaded else model_name)
@@ -175,6 +175,11 @@ class FastPTuning(nn.Module):
         elif not 1 <= max_length <= (room or max_length):
             raise ValueError(f"max_length={max_length} is not between 1 and {room}, the room for text")
         self.max_length = max_length
+
+    @property
+    def prompt_length(self) -> int:
+        """Virtual tokens, m."""
+        return len(self.prompt_embeddings)
 
     def forward(
         self,

@@ -78,7 +78,7 @@ def of_pooled_rows(model: Any, columns: Tensor) -> Any:
 
 def _self_attention(model: Any, family: Family) -> nn.Module | None:
     """The last layer's, where it can be computed for the pooled rows alone; else None."""
-    if model.device.type != "cpu" or family.attention is None:
+    if device_of(model.get_input_embeddings()).type != "cpu" or family.attention is None:
         return None
     attention = on_the_way(model, family.attention.split("."))[-1]
     return attention if _is_understood(attention) and is_plain([attention]) else None

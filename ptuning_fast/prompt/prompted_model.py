@@ -353,6 +353,13 @@ class PromptedModel(nn.Module):
         else:
             setattr(model, name, value)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TypeError(
+            "a PromptedModel is not for nn.DataParallel, which transformers' Trainer takes where one process sees "
+            "several GPUs: start a process for each (torchrun or accelerate launch), or show it one "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

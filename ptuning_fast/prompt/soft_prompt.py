@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_
 from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
 from ..models.embedding import are_several, device_of, is_sharded
+from ..models.families import has_replaced_forward, hooks_of
 from ..models.info import check_tensors
 from ..models.trial import is_read
 from ..modes import MODES, Mode, mode_for
@@ -57,7 +58,8 @@ class SoftPrompt(Saving):
         encoder_hidden_size, encoder_num_layers, encoder_dropout: of the encoder; d, 2 and 0 by default.
         tokenizer: for `init` as a text: a tokenizer, or the name or folder of one; the model's own by default.
 
-    `prompt_embeddings` is an fp32 parameter, [m, d] or [K, m, d]; `info` has the facts about the model that matter.
+    `prompt_embeddings` is an fp32 parameter, [m, d] or [K, m, d], by which `length` and `num_prompts` go; `info` has
+    the facts about the model that matter.
     """
 
     model: Any
@@ -87,7 +89,6 @@ class SoftPrompt(Saving):
         self.model_loss = ModelLoss(self.info)
         self.__dict__["model"] = model  # past nn.Module, which would make it a submodule
         self._new, self._perhaps = new_parts(unwrapped(model)), perhaps_new(unwrapped(model))
-        self.length, self.num_prompts = length, num_prompts
         self.base_model = str(getattr(model.config, "_name_or_path", "") or "")
 
         table = model.get_input_embeddings()
@@ -103,6 +104,16 @@ class SoftPrompt(Saving):
             options = (encoder_hidden_size, encoder_num_layers, encoder_dropout)
             self.encoder = PromptEncoder(encoder, prompt.shape[-1], *options).to(device)
 
+    @property
+    def length(self) -> int:
+        """Virtual tokens, m."""
+        return self.prompt_embeddings.shape[-2]
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Prompts of a bank, K; None of one prompt."""
+        return None if self.prompt_embeddings.dim() == 2 else self.prompt_embeddings.shape[0]
+
     def embeddings(self) -> Tensor:
         """The prompt itself, [m, d] or [K, m, d]: the parameter, or what the encoder makes of it."""
         return self.prompt_embeddings if self.encoder is None else self.encoder(self.prompt_embeddings)
@@ -117,6 +128,7 @@ class SoftPrompt(Saving):
         mode: str = "prepend",
         *,
         lengths: list[int] | Tensor | None = None,
+        report: Callable[[LaidOut], Any] | None = None,
         **flattened: Any,
     ) -> dict[str, Any]:
         """The keyword arguments for `model(...)` or `model.generate(...)`: those that the model's forward takes.
@@ -137,6 +149,7 @@ class SoftPrompt(Saving):
                 `"auto"`: the one of these that has the fewest rows and is exact for the model as it stands.
             lengths: for `"packed"` and `"shared"`, the number of real tokens of each row where it is known on the host,
                 as `prepend_prompt` takes it.
+            report: called with what is returned, the mode that `"auto"` stands for and the batch in rows.
             flattened: what a padding-free collator (transformers' `DataCollatorWithFlattening`) gives with its
                 [1, T] `input_ids` and `labels`: `position_ids`, `cu_seq_lens_q`, ... Each sequence gets the prompt.
 
@@ -150,21 +163,6 @@ class SoftPrompt(Saving):
             ValueError: more columns than the model has positions; padding that it cannot be told of.
             TypeError: a mode that the model cannot be served in, with the reason.
         """
-        given = (input_ids, attention_mask, token_type_ids, labels, prompt_index, mode, lengths)
-        return self.laid_out(*given, **flattened).inputs
-
-    def laid_out(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        labels: Tensor | None,
-        prompt_index: Tensor | None,
-        mode: str,
-        lengths: list[int] | Tensor | None = None,
-        **flattened: Any,
-    ) -> LaidOut:
-        """`forward`, with the mode that "auto" stands for and the batch in rows."""
         if (prompt_index is None) != (self.num_prompts is None):
             raise ValueError(
                 "prompt_index chooses from the prompts of num_prompts: "
@@ -218,7 +216,17 @@ class SoftPrompt(Saving):
         inputs = served.inputs(self.model, embedded, prompt)
         if labels is not None and not per_token:
             inputs["labels"] = labels
-        return LaidOut(served, batch, inputs)
+        if report is not None:
+            report(LaidOut(served, batch, inputs))
+        return inputs
+
+    def laid_out(self, *given: Any, **flattened: Any) -> LaidOut:
+        """`self(...)`, with its hooks, and how it is laid out."""
+        found: list[LaidOut] = []
+        inputs = self(*given, **flattened, report=found.append)
+        if not found:
+            raise TypeError(f"the forward of {type(self).__name__} does not hand `report` on to SoftPrompt's")
+        return LaidOut(found[-1].mode, found[-1].batch, inputs)
 
     def loss(
         self,
@@ -359,16 +367,19 @@ class SoftPrompt(Saving):
         if beside:
             self.info.check_arguments(beside, input_ids, self.length)
             self.check_read(beside, self.laid_out(*given, "prepend"))
-        inputs, prompt = None, Prompt(self.embeddings(), prompt_index)
+        inputs = None
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
         sharded = any(map(is_sharded, self.model.parameters()))
-        copies = None if sharded else copies_of_rows(self.model, options, attention_mask)
+        changed = hooks_of(self) or has_replaced_forward(self) or type(self).forward is not SoftPrompt.forward
+        copies = None if sharded or changed else copies_of_rows(self.model, options, attention_mask)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self.info)
             self.info.check_room(self.length, input_ids)
+            prompt = Prompt(self.embeddings(), prompt_index)
             inputs = self._cached.inputs(self.model, Batch(input_ids, attention_mask), prompt, copies, keep_prompt)
         inputs = self(*given) if inputs is None else inputs
+        prompt = Prompt(self.embeddings(), prompt_index)  # which a hook may have renewed
         check_caches(options, prompt)
         with taking_embeddings(self.model):
             if not input_ids.shape[1] or self.info.has_decoder or options.get("custom_generate") is not None:
@@ -410,8 +421,7 @@ class SoftPrompt(Saving):
         return self._mode("prepend")
 
     def extra_repr(self) -> str:
-        prompts = "" if self.num_prompts is None else f", num_prompts={self.num_prompts}"
-        return f"length={self.length}{prompts}, model={type(self.model).__name__}"
+        return f"prompt_embeddings={[*self.prompt_embeddings.shape]}, model={type(self.model).__name__}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A prompt for the same model; copied as part of something else, which may hold both, for the model's copy. (As

@@ -40,8 +40,6 @@ class Saving(nn.Module):
     model: Any
     prompt_embeddings: nn.Parameter
     encoder: Any
-    length: int
-    num_prompts: int | None
     base_model: str
     _new: frozenset[str]  # names of the model's parameters that its checkpoint had not, and that go with the prompt
     _perhaps: frozenset[str]  # and of those that it may not have had, which are written, and not missed
@@ -54,10 +52,15 @@ class Saving(nn.Module):
         Where FSDP2 has sharded the parameters they are gathered, so every process must call this.
 
         Raises:
-            ValueError: the first FSDP has it in parts.
+            ValueError: the first FSDP has it in parts; pruning or a parametrization makes it of other parameters.
         """
         self.state_dict()  # for which FSDP2 shards what a forward has left whole, and in half precision
         adapter.check_whole(self.prompt_embeddings)
+        if "prompt_embeddings" not in self._parameters:
+            raise ValueError(
+                f"prompt_embeddings is made of other parameters ({', '.join(self.state_dict())}): make it one again "
+                "by torch.nn.utils' prune.remove or parametrize.remove_parametrizations(prompt, 'prompt_embeddings')"
+            )
         with torch.no_grad():
             prompt = adapter.whole({"": self.prompt_embeddings})[""]
             return prompt if self.encoder is None else _whole(self.encoder).without_dropout(prompt)
@@ -77,9 +80,10 @@ class Saving(nn.Module):
                 copied += "PromptedModel(get_peft_model(model, ...)), or unload() the adapter before saving"
                 merged = "has an adapter merged into it for now: call unmerge_adapter() before saving"
                 raise ValueError(f"{name} {copied if 'original_module' in name else merged}")
-        config = peft.peft_config(self.model, self.base_model, self.length, rows.shape[-1], modules)
+        config = peft.peft_config(self.model, self.base_model, rows.shape[-2], rows.shape[-1], modules)
         encoder = None if self.encoder is None else self.encoder.settings
-        settings = {"num_prompts": self.num_prompts, "encoder": encoder} | settings_of(self.model)
+        bank = len(rows) if rows.dim() == 3 else None
+        settings = {"num_prompts": bank, "encoder": encoder} | settings_of(self.model)
         saved = peft.Saved(adapter.whole(parameters), adapter.whole(head), config, settings)
         return saved, rows, adapter.is_first([*parameters.values(), *head.values()])
 
@@ -101,9 +105,11 @@ class Saving(nn.Module):
         ids = torch.as_tensor(text_ids, dtype=torch.int64, device=self.prompt_embeddings.device)
         if ids.dim() != 1:
             raise ValueError(f"text_ids must be those of one text, [n]; they are {list(ids.shape)}")
-        if (prompt_index is None) != (self.num_prompts is None):
-            raise ValueError(f"prompt_index is {prompt_index}, and num_prompts {self.num_prompts}")
         rows, text = self.final_prompt(), table(ids)
+        if (prompt_index is None) != (rows.dim() == 2):
+            raise ValueError(
+                f"prompt_index is {prompt_index}, and the prompt {list(rows.shape)}: it chooses from a bank"
+            )
         return torch.cat([(rows if prompt_index is None else rows[prompt_index]).to(text), text]).cpu()
 
     def save_pretrained(self, folder: str | Path, *, figures: dict[str, Any] | None = None) -> None:

@@ -260,7 +260,7 @@ def test_embeddings_for_one_of_a_bank():
     for arguments, match in ((([3],), "prompt_index is None"), (([[3], [4]], 1), r"\[n\]; they are \[2, 1\]")):
         with pytest.raises(ValueError, match=match):
             prompt.embeddings_for(*arguments)
-    with pytest.raises(ValueError, match="prompt_index is 0, and num_prompts None"):
+    with pytest.raises(ValueError, match=r"prompt_index is 0, and the prompt \[\d+, \d+\]: it chooses from a bank"):
         prompt_for().embeddings_for([3], prompt_index=0)
 
 
