@@ -75,6 +75,7 @@ NEEDS = {
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_d_head": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "llama4_text": {"no_rope_layers": [1, 0, 0]},
+    "minimax": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},  # as the real ones begin
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"head_dim": 16},
     "gemma4_text": {"num_kv_shared_layers": 0},

@@ -45,23 +45,24 @@ def quietly(model: nn.Module) -> Iterator[None]:
     so; who changes a model for good holds `one_at_a_time` meanwhile, as it would be put back.
     """
     devices = {one.device.type for one in model.parameters()} - {"meta"} or {"cpu"}  # the former: offloaded
-    with one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False), _put_back(model):
-        model.eval()
-        for module in model.modules():
-            config: Any = getattr(module, "config", None)
-            if getattr(config, "return_dict", True) is False:  # outputs are looked at by their names
-                config.return_dict = True
-            # In eval mode 4-bit weights are packed anew for a CPU (bitsandbytes), and have no gradient from then on.
-            module.training = any(not one.is_floating_point() for one in module.parameters(recurse=False))
-        yield
+    with one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False):
+        before = held_by(model)
+        with _put_back(before), _put_back(before):  # again, where Ctrl-C has stopped the first in the middle
+            model.eval()
+            for module in model.modules():
+                config: Any = getattr(module, "config", None)
+                if getattr(config, "return_dict", True) is False:  # outputs are looked at by their names
+                    config.return_dict = True
+                # In eval mode bitsandbytes packs 4-bit weights anew for a CPU, and they have no gradient from then on.
+                module.training = any(not one.is_floating_point() for one in module.parameters(recurse=False))
+            yield
 
 
 one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    before = held_by(model)
+def _put_back(before: Held) -> Iterator[None]:
     try:
         yield
     finally:

@@ -1,5 +1,7 @@
 """A probe leaves a model as it was."""
 
+import contextlib
+import sys
 import threading
 import warnings
 
@@ -26,6 +28,41 @@ def test_a_model_that_changes_itself_is_put_back(torch_backend):
     assert all(one is buffers[name] for name, one in model.named_buffers())
     model(torch.arange(10, 14)[None])  # and so it does by itself
     assert model.bert.attention_type == "original_full"
+
+
+def test_ctrl_c_in_a_probe_leaves_a_model_in_training(torch_backend):
+    """At whichever line of it, that which puts the model back among them."""
+    ids, mask = zoo.padded(zoo.texts([3, 5]), "right")
+
+    def first_call(at):
+        """How many lines of the probe there were, until the one before which Ctrl-C came, and which modules train."""
+        model, count = zoo.build("Llama").train(), 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            if not frame.f_code.co_filename.endswith("ptuning_fast/models/trial.py"):
+                return None
+            if event == "line":
+                count += 1
+                if count == at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        prompted = PromptedModel(model, 3)
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                prompted(ids, mask)
+        finally:
+            sys.settrace(before)
+        return count, all(module.training for module in model.modules())
+
+    lines, train = first_call(None)
+    assert train and lines > 500
+    for at in range(1, lines + 1, lines // 60):
+        assert first_call(at) == (at, True)
 
 
 @pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
