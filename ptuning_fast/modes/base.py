@@ -103,10 +103,11 @@ class Mode:
 
 
 class LaidOut(NamedTuple):
-    """A batch behind a prompt: in which mode, its rows [B, n], and the arguments of the model."""
+    """A batch behind m virtual tokens: in which mode, its rows [B, n], and the arguments of the model."""
 
     mode: Mode
     batch: Batch
+    m: int
     inputs: dict[str, Any]
 
 

@@ -29,14 +29,14 @@ _STATES = ("hidden_states", "last_hidden_state", "encoder_hidden_states", "encod
 _NUMBERS = ("start_logits", "end_logits")  # one for each column
 
 
-def of_text(out: Any, laid_out: LaidOut, m: int, model: Any, tried: Callable[[], Tried], flattened: bool) -> Any:
-    """The outputs `out`, a ModelOutput of `model`, without the rows of m virtual tokens.
+def of_text(out: Any, laid_out: LaidOut, model: Any, tried: Callable[[], Tried], flattened: bool) -> Any:
+    """The outputs `out`, a ModelOutput of `model`, without the rows of virtual tokens.
 
     Args:
         tried: `per_column_of_short_texts` of the model; it is called where names do not say enough.
         flattened: whether the batch came as one row [1, T], and so do the outputs.
     """
-    mode, batch, inputs = laid_out
+    mode, batch, m, inputs = laid_out
     columns = inputs["inputs_embeds"].shape[:2]
     own = has_own_forward(unwrapped(model))
     names = [name for name in out if own or _is_of_text(name, mode.info.has_decoder)]

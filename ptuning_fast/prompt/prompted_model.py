@@ -236,7 +236,7 @@ class PromptedModel(nn.Module):
         return self._called(inner.base_model, laid_out, bool(flattened), kwargs)
 
     def _called(self, model: Any, laid_out: LaidOut, flattened: bool, kwargs: dict[str, Any]) -> "ModelOutput":
-        m, inputs = self.prompt.length, laid_out.inputs
+        m, inputs = laid_out.m, laid_out.inputs
         if self.prompt.info.cache is not None:
             kwargs.setdefault("use_cache", False)
         for name in _COLUMNS:
@@ -252,7 +252,7 @@ class PromptedModel(nn.Module):
         self.prompt.check_read(kwargs, laid_out)
         out = model(**(kwargs | inputs))
         tried = partial(self.prompt.model_loss.known, per_column_of_short_texts, self.model, {})
-        out = of_text(out, laid_out, m, self.model, tried, flattened)
+        out = of_text(out, laid_out, self.model, tried, flattened)
         if kept is not None and "logits" in out:
             out["logits"] = out.logits[:, kept]
         return out

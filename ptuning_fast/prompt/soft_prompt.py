@@ -168,10 +168,11 @@ class SoftPrompt(Saving):
                 "prompt_index chooses from the prompts of num_prompts: "
                 + ("give one per row" if prompt_index is None else "this SoftPrompt has one prompt only")
             )
-        info = self.info
+        prompt, info = Prompt(self.embeddings(), prompt_index), self.info
+        m = prompt.vectors.shape[-2]
         check_tensors(attention_mask=attention_mask, labels=labels)
         if not flattened:
-            info.check_room(self.length, input_ids)
+            info.check_room(m, input_ids)
         if info.per_token and not info.labels_are_rows and labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels must be {list(input_ids.shape)}, one per token, as input_ids; they are {list(labels.shape)}"
@@ -183,12 +184,11 @@ class SoftPrompt(Saving):
             if lengths is not None:
                 raise ValueError("lengths is for padded rows; position_ids or cu_seq_lens_q say that there are none")
             batch, lengths = as_rows(batch, **flattened)
-            info.check_room(self.length, batch.input_ids)
-        if self.length and per_token:
+            info.check_room(m, batch.input_ids)
+        if m and per_token:
             self.model_loss.known(warn_of_ignored, self.model, None)
-        if self.length == 0 and per_token and self.has_causal_loss:
+        if m == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
-        prompt = Prompt(self.embeddings(), prompt_index)
         if mode == "auto":
             exact = self.model_loss.is_exact_in_one_row(self.model, labels, per_token)
             served = self._fewest_rows(prompt, batch) if exact else self._mode("prepend")
@@ -217,7 +217,7 @@ class SoftPrompt(Saving):
         if labels is not None and not per_token:
             inputs["labels"] = labels
         if report is not None:
-            report(LaidOut(served, batch, inputs))
+            report(LaidOut(served, batch, m, inputs))
         return inputs
 
     def laid_out(self, *given: Any, **flattened: Any) -> LaidOut:
@@ -226,7 +226,8 @@ class SoftPrompt(Saving):
         inputs = self(*given, **flattened, report=found.append)
         if not found:
             raise TypeError(f"the forward of {type(self).__name__} does not hand `report` on to SoftPrompt's")
-        return LaidOut(found[-1].mode, found[-1].batch, inputs)
+        mode, batch, m, _ = found[-1]
+        return LaidOut(mode, batch, m, inputs)
 
     def loss(
         self,
@@ -283,8 +284,8 @@ class SoftPrompt(Saving):
 
     def check_read(self, given: dict[str, Any], laid_out: LaidOut) -> None:
         """ValueError for a tensor of real numbers that the model reads with ids alone, as some do images or audio."""
-        _, batch, inputs = laid_out
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        batch = laid_out.batch
+        inputs = {name: value for name, value in laid_out.inputs.items() if name != "labels"}
         for name, value in given.items():
             known = not torch.is_tensor(value) or value.dim() < 2 or not value.is_floating_point() or name in self._read
             if known:
@@ -404,7 +405,7 @@ class SoftPrompt(Saving):
 
     def _fewest_rows(self, prompt: Prompt, batch: Batch) -> Mode:
         """Mode "auto": of those that can serve this model as it stands; of two with as many rows, the plainer."""
-        m, (B, n), mask = self.length, batch.input_ids.shape, batch.attention_mask
+        m, (B, n), mask = prompt.vectors.shape[-2], batch.input_ids.shape, batch.attention_mask
         tokens = B * n if mask is None else int((mask != 0).sum())
         rows = {"prepend": B * (m + n), "packed": B * m + tokens, "shared": max(m - 1, 0) + B * min(m, 1) + tokens}
         if len(self._modes) < len(rows) and are_several():

@@ -158,6 +158,27 @@ def test_a_prompt_with_more_or_fewer_rows(mode, rows, tmp_path):
     assert SoftPrompt.from_pretrained(model, tmp_path).length == rows
 
 
+class Grown(SoftPrompt):
+    """The prompts of tasks before it, frozen, and then its own."""
+
+    def embeddings(self):
+        return torch.cat([self.before, super().embeddings()])
+
+
+class Cut(SoftPrompt):
+    def embeddings(self):
+        return super().embeddings()[: len(self.before)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [Grown, Cut])
+def test_other_embeddings_than_the_parameter(kind, mode):
+    model = causal()
+    prompt = kind(model, M)
+    prompt.register_buffer("before", torch.randn(3, zoo.D, generator=torch.Generator().manual_seed(4)) / 4)
+    check(PromptedModel(model, prompt=prompt, mode=mode), alone(model, prompt.embeddings().detach()))
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 @pytest.mark.parametrize("mode", ["prepend", "packed"])
 def test_fast_p_tuning_with_more_rows(mode, pooling, tmp_path):
