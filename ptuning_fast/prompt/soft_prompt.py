@@ -13,7 +13,7 @@ from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_
 from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
 from ..models.embedding import are_several, device_of, is_sharded
-from ..models.families import has_replaced_forward, hooks_of
+from ..models.families import has_own_hooks, has_replaced_forward, hooks_of
 from ..models.info import check_tensors
 from ..models.trial import is_read
 from ..modes import MODES, Mode, mode_for
@@ -146,7 +146,8 @@ class SoftPrompt(Saving):
                 `"shared"`, for a causal model without dropout: one row of m - 1 virtual tokens, and then of each text
                 with the last virtual token before it. `cu_seq_lens_q` is [B+2]: the first sequence is the prompt
                 (where m < 2, there is none, and it is [B+1]).
-                `"auto"`: the one of these that has the fewest rows and is exact for the model as it stands.
+                `"auto"`: the one of these that has the fewest rows and is exact for the model as it stands;
+                `"prepend"` where somebody has put a hook or another forward on the prompt.
             lengths: for `"packed"` and `"shared"`, the number of real tokens of each row where it is known on the host,
                 as `prepend_prompt` takes it.
             report: called with what is returned, the mode that `"auto"` stands for and the batch in rows.
@@ -190,7 +191,7 @@ class SoftPrompt(Saving):
         if m == 0 and per_token and self.has_causal_loss:
             batch = batch._replace(labels=_without_first(batch))
         if mode == "auto":
-            exact = self.model_loss.is_exact_in_one_row(self.model, labels, per_token)
+            exact = not self._has_own_forward and self.model_loss.is_exact_in_one_row(self.model, labels, per_token)
             served = self._fewest_rows(prompt, batch) if exact else self._mode("prepend")
         elif mode in MODES:
             served = self._mode(mode)
@@ -226,8 +227,19 @@ class SoftPrompt(Saving):
         inputs = self(*given, **flattened, report=found.append)
         if not found:
             raise TypeError(f"the forward of {type(self).__name__} does not hand `report` on to SoftPrompt's")
-        mode, batch, m, _ = found[-1]
+        mode, batch, m, before = found[-1]
+        given, made = inputs["inputs_embeds"].shape, before["inputs_embeds"].shape
+        if given[:2] != made[:2]:
+            raise ValueError(
+                f"a forward or hook of the {type(self).__name__} makes inputs_embeds {[*given]} of {[*made]}, and nothing "
+                "says which columns are the text's then: give it more virtual tokens by embeddings()"
+            )
         return LaidOut(mode, batch, m, inputs)
+
+    @property
+    def _has_own_forward(self) -> bool:
+        """Whether somebody has put a forward or a hook on it, which may know rows [B, m + n] alone."""
+        return type(self).forward is not SoftPrompt.forward or has_replaced_forward(self) or has_own_hooks(self)
 
     def loss(
         self,
@@ -371,8 +383,8 @@ class SoftPrompt(Saving):
         inputs = None
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
         sharded = any(map(is_sharded, self.model.parameters()))
-        changed = hooks_of(self) or has_replaced_forward(self) or type(self).forward is not SoftPrompt.forward
-        copies = None if sharded or changed else copies_of_rows(self.model, options, attention_mask)
+        called = hooks_of(self) or self._has_own_forward  # torch's hooks, too: that of pruning makes the prompt anew
+        copies = None if sharded or called else copies_of_rows(self.model, options, attention_mask)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self.info)

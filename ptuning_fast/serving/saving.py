@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from ..files import adapter, card, hub, peft
 from ..files.base_model import check_base, load_head, lost_adapter, settings_of
 from ..files.weights import warn_of_weights, without_adapter
 from ..models import unwrapped
+from ..models.families import is_written_in
 from . import heads, merged
 
 if TYPE_CHECKING:
@@ -52,18 +54,30 @@ class Saving(nn.Module):
         Where FSDP2 has sharded the parameters they are gathered, so every process must call this.
 
         Raises:
-            ValueError: the first FSDP has it in parts; pruning or a parametrization makes it of other parameters.
+            ValueError: the first FSDP has it in parts; pruning, a parametrization or an `embeddings` of a subclass's
+                makes it of other parameters.
         """
         self.state_dict()  # for which FSDP2 shards what a forward has left whole, and in half precision
         adapter.check_whole(self.prompt_embeddings)
-        if "prompt_embeddings" not in self._parameters:
-            raise ValueError(
-                f"prompt_embeddings is made of other parameters ({', '.join(self.state_dict())}): make it one again "
-                "by torch.nn.utils' prune.remove or parametrize.remove_parametrizations(prompt, 'prompt_embeddings')"
-            )
+        self._check_plain()
         with torch.no_grad():
             prompt = adapter.whole({"": self.prompt_embeddings})[""]
             return prompt if self.encoder is None else _whole(self.encoder).without_dropout(prompt)
+
+    def _check_plain(self) -> None:
+        """ValueError where the prompt is made of its parameters otherwise than whoever reads a file makes it."""
+        made: Any = self
+        if not is_written_in(getattr(made.embeddings, "__func__", made.embeddings), "ptuning_fast."):
+            raise ValueError(
+                f"embeddings() of this {type(self).__name__} is not SoftPrompt's, and a file has its parameters alone: "
+                "save what it makes, SoftPrompt(model, m, init=prompt.embeddings().detach())"
+            )
+        parametrized = any(map(parametrize.is_parametrized, self.modules()))
+        if parametrized or prune.is_pruned(self) or "prompt_embeddings" not in self._parameters:
+            raise ValueError(
+                f"the prompt's parameters are made of others ({', '.join(self.state_dict())}): make them ones again "
+                "by torch.nn.utils' prune.remove or parametrize.remove_parametrizations(prompt, 'prompt_embeddings')"
+            )
 
     def _kept(self) -> tuple[peft.Saved, Tensor, bool]:
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""

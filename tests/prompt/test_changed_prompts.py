@@ -101,6 +101,48 @@ def test_a_hook_on_the_prompt_of_a_classifier(mode):
     assert seen == [fast]
 
 
+@pytest.mark.parametrize("change", [by_hook, by_subclass, by_attribute])
+def test_auto_is_prepend_for_who_knows_rows_alone(change):
+    """A packed batch is one row, whose first columns are the first text's virtual tokens alone."""
+    prompt = SoftPrompt(causal(), M)
+    ids, mask, labels = batch()
+    assert len(prompt(ids, mask, mode="auto")["inputs_embeds"]) == 1
+    change(prompt)
+    for given in (None, labels):
+        assert len(prompt(ids, mask, labels=given, mode="auto")["inputs_embeds"]) == len(ids)
+    assert len(prompt(ids, mask, mode="packed")["inputs_embeds"]) == 1
+
+
+def test_a_hook_that_changes_the_number_of_columns():
+    prompted = PromptedModel(causal(), M, mode="prepend")
+    table = prompted.model.get_input_embeddings()
+
+    def longer(prompt, args, inputs):
+        rows = table(torch.zeros(len(inputs["inputs_embeds"]), 2, dtype=torch.long))
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (2, 0), value=1)
+        return {"inputs_embeds": torch.cat([rows, inputs["inputs_embeds"]], 1), "attention_mask": mask}
+
+    prompted.prompt.register_forward_hook(longer)
+    ids, mask, _ = batch()
+    with pytest.raises(
+        ValueError, match=r"a forward or hook of the SoftPrompt makes inputs_embeds .* by embeddings\(\)"
+    ):
+        prompted(ids, mask)
+
+
+@pytest.mark.parametrize("change", [prune.l1_unstructured, parametrizations.weight_norm])
+def test_an_encoder_made_of_other_parameters(change, tmp_path):
+    prompt = SoftPrompt(causal(), M, encoder="mlp")
+    layer = prompt.encoder.mlp_head[0]
+    change(layer, "weight", **({"amount": 0.5} if change is prune.l1_unstructured else {}))
+    with pytest.raises(ValueError, match=r"parameters are made of others \(.*encoder\.mlp_head\.0"):
+        prompt.save_pretrained(tmp_path / "prompt")
+    remove = prune.remove if prune.is_pruned(layer) else parametrize.remove_parametrizations
+    remove(layer, "weight")
+    prompt.save_pretrained(tmp_path / "prompt")
+    assert torch.equal(SoftPrompt.from_pretrained(prompt.model, tmp_path / "prompt").embeddings(), prompt.embeddings())
+
+
 def test_a_forward_that_does_not_hand_on_what_it_is_given():
     prompted = PromptedModel(causal(), M)
     ids, mask, _ = batch()
@@ -127,10 +169,10 @@ def test_a_prompt_made_of_other_parameters(change, mode, tmp_path):
         pruned = prune.is_pruned(prompt)
         rows = prompt.prompt_embeddings_orig * prompt.prompt_embeddings_mask if pruned else prompt.prompt_embeddings
         check(prompted, alone(model, rows.detach()))
-    with pytest.raises(ValueError, match=r"made of other parameters \(.*prompt_embeddings.*prune\.remove"):
+    with pytest.raises(ValueError, match=r"made of others \(.*prompt_embeddings.*prune\.remove"):
         prompted.save_pretrained(tmp_path / "prompt")
     assert not (tmp_path / "prompt").exists()
-    with pytest.raises(ValueError, match="made of other parameters"):
+    with pytest.raises(ValueError, match="made of others"):
         prompt.embeddings_for([5, 6])
     optimizer.zero_grad()
     prompted(ids, mask, labels=labels).loss.backward()
@@ -172,11 +214,19 @@ class Cut(SoftPrompt):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [Grown, Cut])
-def test_other_embeddings_than_the_parameter(kind, mode):
+def test_other_embeddings_than_the_parameter(kind, mode, tmp_path):
     model = causal()
     prompt = kind(model, M)
     prompt.register_buffer("before", torch.randn(3, zoo.D, generator=torch.Generator().manual_seed(4)) / 4)
-    check(PromptedModel(model, prompt=prompt, mode=mode), alone(model, prompt.embeddings().detach()))
+    expected = alone(model, prompt.embeddings().detach())
+    check(PromptedModel(model, prompt=prompt, mode=mode), expected)
+    for save in (prompt.save_pretrained, lambda _: prompt.embeddings_for([5]), lambda _: prompt.final_prompt()):
+        with pytest.raises(ValueError, match=rf"embeddings\(\) of this {kind.__name__} is not SoftPrompt's"):
+            save(tmp_path / "prompt")
+    assert not (tmp_path / "prompt").exists()
+    rows = prompt.embeddings().detach()
+    SoftPrompt(model, len(rows), init=rows).save_pretrained(tmp_path / "prompt")
+    check(PromptedModel.from_pretrained(model, tmp_path / "prompt", mode=mode), expected)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
