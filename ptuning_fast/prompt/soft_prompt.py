@@ -231,8 +231,8 @@ class SoftPrompt(Saving):
         given, made = inputs["inputs_embeds"].shape, before["inputs_embeds"].shape
         if given[:2] != made[:2]:
             raise ValueError(
-                f"a forward or hook of the {type(self).__name__} makes inputs_embeds {[*given]} of {[*made]}, and nothing "
-                "says which columns are the text's then: give it more virtual tokens by embeddings()"
+                f"a forward or hook of the {type(self).__name__} makes inputs_embeds {[*given]} of {[*made]}, and "
+                "nothing says which columns are the text's then: give it more virtual tokens by embeddings()"
             )
         return LaidOut(mode, batch, m, inputs)
 
