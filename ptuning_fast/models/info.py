@@ -206,13 +206,19 @@ class ModelInfo:
         self.check_left(batch.attention_mask, m + mask.shape[1])
         return batch
 
-    def turned_back(self, rows: Tensor, batch: Batch) -> Tensor:
-        """What came out of the tokens of `turned(batch)`, [B, n, ...], in the columns of `batch`."""
+    def turned_back(self, rows: Tensor, batch: Batch, m: int, dim: int = 1) -> Tensor:
+        """What came out of `turned(batch)` behind m virtual tokens, [B, m + n, ...], in the columns of `batch`.
+
+        Args:
+            dim: that of the columns.
+        """
         mask = batch.attention_mask
         if mask is None or self.pooled is None:
             return rows
-        columns = (torch.arange(mask.shape[1], device=mask.device) - _turn(self.pooled, mask)) % max(mask.shape[1], 1)
-        return rows.take_along_dim(columns.view(*mask.shape, *[1] * (rows.dim() - 2)), 1)
+        columns, fixed = torch.arange(m + mask.shape[1], device=mask.device), 0 if self.adjacent else m
+        turned = fixed + (columns - fixed - _turn(self.pooled, mask)) % max(len(columns) - fixed, 1)
+        shape = [len(mask) if at == 0 else len(columns) if at == dim else 1 for at in range(rows.dim())]
+        return rows.take_along_dim(torch.where(columns < fixed, columns, turned).view(shape), dim)
 
 
 def check_tensors(**given: Any) -> None:

@@ -53,6 +53,10 @@ class Mode:
         """[B, n, ...]: of what a model gives for each row of `inputs`, that of the tokens, column by column."""
         raise NotImplementedError
 
+    def of_attention(self, weights: Tensor, batch: Batch, m: int) -> Tensor:
+        """[B, heads, m + n, m + n] attention weights, their columns in the order of the batch's."""
+        return weights
+
     def probe(self, model: nn.Module) -> bool:
         """Probe an architecture that has no row in the table: whether padding on the left changes a text's outputs.
 

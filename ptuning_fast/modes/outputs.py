@@ -58,7 +58,9 @@ def of_text(out: Any, laid_out: LaidOut, model: Any, tried: Callable[[], Tried],
             if own and (hasattr(rows, "ndim") or (len(path) > 2 and isinstance(rows, (Number, str)))):  # NumPy's, lists
                 no_tensors.add(path[0])
             return rows
-        if rows.shape[:2] != columns or (rows.dim() > 3 and "attentions" in path[0]):
+        if "attentions" in path[0] and (rows.dim() > 3 or not own):
+            return mode.of_attention(rows, batch, m) if rows.dim() == 4 else rows
+        if rows.shape[:2] != columns:
             return rows
         if (path, rows.dim()) in known:
             if not known[path, rows.dim()]:
@@ -86,8 +88,8 @@ def of_text(out: Any, laid_out: LaidOut, model: Any, tried: Callable[[], Tried],
 
 
 def _is_of_text(name: str, has_decoder: bool) -> bool:
-    """Whether the name of an output of transformers' own leaves it open: attentions are [B, heads, ...]."""
-    if name in CACHES or "attentions" in name:
+    """Whether the name of an output of transformers' own leaves it open."""
+    if name in CACHES:
         return False
     return name.startswith("encoder_") if has_decoder else not name.startswith(_OF_IMAGES)
 

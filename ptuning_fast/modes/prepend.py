@@ -37,7 +37,13 @@ class Prepend(Mode):
         return embedded.as_inputs()
 
     def of_tokens(self, rows: Tensor, inputs: dict[str, Any], batch: Batch, m: int) -> Tensor:
-        return self.info.turned_back(rows[:, m:], batch)
+        return self.info.turned_back(rows, batch, m)[:, m:]
+
+    def of_attention(self, weights: Tensor, batch: Batch, m: int) -> Tensor:
+        for dim in (2, 3):
+            if weights.shape[dim] == m + batch.input_ids.shape[1]:  # not those of a window
+                weights = self.info.turned_back(weights, batch, m, dim)
+        return weights
 
     def places(self, batch: Batch, embedded: Embedded, m: int) -> tuple[list[tuple[int, slice]], int]:
         mask = self.info.turned(batch, m).attention_mask

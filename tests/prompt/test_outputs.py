@@ -40,6 +40,25 @@ def test_hidden_states_of_classifiers_stand_with_their_tokens(name, side):
         assert zoo.same(found[row][mask[row] != 0], alone)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "BERT", "RoBERTa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attentions_of_classifiers_are_in_the_order_of_the_batch(kind, side):
+    """The virtual tokens are next to a decoder's text, and first in an encoder's row."""
+    name = {"BERT": "Bert", "RoBERTa": "Roberta"}.get(kind, kind)
+    model = zoo.build(kind, f"{name}ForSequenceClassification").eval()
+    model.set_attn_implementation("eager")
+    prompted = PromptedModel(model, 3).eval()
+    ids, mask = zoo.padded(zoo.texts(), side)
+    found = prompted(ids, mask, output_attentions=True).attentions
+    for row, text in enumerate(zoo.texts()):
+        alone = prompted(text[None], output_attentions=True).attentions
+        tokens = mask[row].nonzero()[:, 0]
+        first = int(tokens[0]) if kind == "Llama" else 0
+        columns = torch.cat([torch.arange(first, first + 3), 3 + tokens])
+        for one, expected in zip(found, alone):
+            assert zoo.same(one[row][:, columns][:, :, columns], expected[0])
+
+
 def test_an_encoder_whose_config_is_that_of_both():
     kind = transformers.UMT5ForTokenClassification
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": zoo.V}
