@@ -52,14 +52,17 @@ class Packed(Mode):
         """Why it cannot be given a packed batch; None if it can, and has the attention for it."""
         before = inner.config._attn_implementation
         of_padded = None if keeps_attention(before) else of_ids(inner)
-        serve_packed(inner)
-        with narrowed(NARROW):
-            found = self.probe_always(inner)
-        reason = _reason(found)
-        if reason is None and of_padded is not None and not _same(of_padded, of_ids(inner)):
-            reason = "it computes otherwise where its attention implementation has another name"
-        if reason is not None and inner.config._attn_implementation != before:
-            inner.set_attn_implementation(before)
+        reason: str | None = "it was interrupted"
+        try:
+            serve_packed(inner)
+            with narrowed(NARROW):
+                found = self.probe_always(inner)
+            reason = _reason(found)
+            if reason is None and of_padded is not None and not _same(of_padded, of_ids(inner)):
+                reason = "it computes otherwise where its attention implementation has another name"
+        finally:
+            if reason is not None and inner.config._attn_implementation != before:
+                inner.set_attn_implementation(before)
         return reason
 
     def obstacle(self, model: Any, prompt: Prompt) -> str | None:

@@ -65,6 +65,27 @@ def test_ctrl_c_in_a_probe_leaves_a_model_in_training(torch_backend):
         assert first_call(at) == (at, True)
 
 
+@pytest.mark.parametrize("kind", ["phimoe", "qwen2_moe"])  # of which packed batches are refused
+def test_ctrl_c_leaves_the_attention_implementation(kind, torch_backend):
+    for at in range(1, 9):
+        model, calls = sweep.build(kind, KINDS[kind], "sdpa"), 0
+
+        def stop(module, args, out, at=at):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+
+        hook = model.register_forward_hook(stop)
+        prompt = SoftPrompt(model, 3)
+        with contextlib.suppress(KeyboardInterrupt, TypeError):
+            prompt(*zoo.padded(zoo.texts([3, 5]), "right"), mode="packed")
+        if calls == at:
+            assert model.config._attn_implementation == "sdpa"
+        hook.remove()
+    assert calls < at  # the last had its way
+
+
 @pytest.mark.parametrize("mode", ["prepend", "packed", "shared"])
 def test_many_threads_leave_a_model_in_training(mode, torch_backend):
     for _ in range(3):
