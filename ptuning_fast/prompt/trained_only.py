@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..serving.saving import Saving
+
 __all__ = ["marks_of_adapters", "trained_only"]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -16,7 +18,8 @@ def trained_only(module: Module, also: Iterable[str] = (), perhaps: Iterable[str
     For training loops that save `state_dict()` themselves, such as `transformers.Trainer` around a module that is no
     PreTrainedModel: `Trainer(model=trained_only(FastPTuning(...)), ...)`. What is trained now stays in it when it is
     frozen later (what is unfrozen later is in it until it is frozen again, or for good if this is called once more).
-    Parameters that are tied to another are there once, under its first name, as safetensors want it.
+    So does all of a SoftPrompt in `module`, frozen or not, which is nowhere else. Parameters that are tied to another
+    are there once, under its first name, as safetensors want it.
 
     Args:
         also: names of further parameters to keep, frozen or not.
@@ -48,7 +51,14 @@ def _trained(module: nn.Module) -> set[str]:
     """Names of parameters that are trained or of an adapter of PEFT's, and of buffers that stand beside no others."""
     kept, named = module.__dict__["_kept"], list(module.named_parameters())
     marks = marks_of_adapters(module)
-    trained = {name for name, one in named if one.requires_grad or name in kept or any(mark in name for mark in marks)}
+    whole = tuple(
+        name + "." for name, part in module.named_children() if isinstance(part, Saving)
+    )  # exists nowhere else
+    trained = {
+        name
+        for name, one in named
+        if one.requires_grad or name in kept or name.startswith(whole) or any(mark in name for mark in marks)
+    }
     frozen = {name.rpartition(".")[0] for name, _ in named if name not in trained}
     return trained | {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in frozen}
 

@@ -229,6 +229,42 @@ def test_other_embeddings_than_the_parameter(kind, mode, tmp_path):
     check(PromptedModel.from_pretrained(model, tmp_path / "prompt", mode=mode), expected)
 
 
+class Earlier(SoftPrompt):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.earlier = torch.nn.Parameter(torch.randn(3, zoo.D), requires_grad=False)
+        self.register_buffer("scale", torch.rand(zoo.D))
+
+    def embeddings(self):
+        return torch.cat([self.earlier * self.scale, super().embeddings()])
+
+
+def frozen(model, **kwargs):
+    return SoftPrompt(model, M, init="normal", **kwargs).requires_grad_(False)
+
+
+def frozen_encoder(model):
+    prompt = SoftPrompt(model, M, init="normal", encoder="mlp")
+    prompt.encoder.requires_grad_(False)
+    return prompt
+
+
+@pytest.mark.parametrize("make", [lambda model: Earlier(model, M), frozen, frozen_encoder])
+def test_frozen_parts_of_a_prompt_are_in_checkpoints(make):
+    """They are nowhere else."""
+    model = causal()
+    one, other = (PromptedModel(model, prompt=make(model)) for _ in range(2))
+    ids, mask, _ = batch()
+    assert not torch.equal(one(ids, mask).logits, other(ids, mask).logits)
+    state = one.state_dict()
+    assert state.keys() == {f"prompt.{name}" for name in one.prompt.state_dict()}
+    other.load_state_dict(state)
+    assert torch.equal(one(ids, mask).logits, other(ids, mask).logits)
+    del state["prompt.prompt_embeddings"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*prompt\.prompt_embeddings"):
+        other.load_state_dict(state)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 @pytest.mark.parametrize("mode", ["prepend", "packed"])
 def test_fast_p_tuning_with_more_rows(mode, pooling, tmp_path):
