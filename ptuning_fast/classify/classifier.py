@@ -15,6 +15,7 @@ from ..files.base_model import lost_adapter, same_name, settings_of, warn_of_ada
 from ..files.weights import warn_of_weights
 from ..models import describe, prepend
 from ..models.embedding import device_of
+from ..models.families import has_own_hooks, has_replaced_forward, is_written_in
 from ..models.info import ModelInfo, check_tensors, fits
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
@@ -287,7 +288,8 @@ class FastPTuning(nn.Module):
         Parameters that FSDP2 has sharded are gathered: every process must then call this, and the first one writes.
 
         Raises:
-            ValueError: a folder with an adapter of another kind in it (LoRA), or a model; nothing is written.
+            ValueError: a folder with an adapter of another kind in it (LoRA), or a model; a `classifier` or a prompt
+                that has been exchanged for what is no layer, or no parameter, of its kind. Nothing is written.
         """
         rest = [name for name, one in self.bert.named_parameters(prefix="bert") if one.requires_grad]
         if rest:
@@ -300,6 +302,7 @@ class FastPTuning(nn.Module):
         settings |= {"base_model_name_or_path": self.base_model, "model_type": self.bert.config.model_type}
         settings |= settings_of(self.bert)
         adapter.check_whole(self.prompt_embeddings)
+        self._check_plain()
         self.state_dict()  # for which FSDP2 shards what a forward has left whole, and in half precision
         tensors: dict[str, Tensor] = {key: self.get_parameter(key) for key in classifier_files.TENSORS}
         whole = adapter.whole(tensors)
@@ -307,6 +310,18 @@ class FastPTuning(nn.Module):
             with adapter.saving(Path(folder)):
                 classifier_files.save(folder, whole, settings)
                 card.write_classifier(folder, settings, figures)
+
+    def _check_plain(self) -> None:
+        """ValueError where `from_pretrained` would not make of the parameters what this module does."""
+        head: Any = self.classifier
+        kind, names = type(head), dict(self.named_parameters())
+        own = not is_written_in(kind.forward, "torch.") or has_replaced_forward(head) or has_own_hooks(head)
+        if own or not names.keys() >= {*classifier_files.TENSORS} or len(head.weight) != self.num_labels:
+            raise ValueError(
+                f"a file has prompt_embeddings [m, d], and the weight [{self.num_labels}, d] and bias of an nn.Linear; "
+                f"classifier is {head}, or hooks, pruning or parametrizations are on one of them: "
+                "trained_only(model).state_dict() has all that is trained"
+            )
 
     def push_to_hub(self, repo_id: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes to the hub, as `SoftPrompt.push_to_hub` does."""

@@ -1,6 +1,7 @@
 """P-tuning v1: the prompt is what a small network makes of its parameters (Liu et al. 2021, arXiv 2103.10385)."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +43,26 @@ class PromptEncoder(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
-        self.settings = {"kind": kind, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout}
+        self.d = d
+        self.settings: dict[str, Any] = {
+            "kind": kind,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "dropout": dropout,
+        }
 
     def forward(self, parameters: Tensor) -> Tensor:
         """The prompt."""
         x = parameters if self.lstm_head is None else self.lstm_head(parameters)[0]
         return self.mlp_head(x)
 
-    @torch.no_grad()
-    def without_dropout(self, parameters: Tensor) -> Tensor:
-        """The prompt as eval mode gives it, in whichever mode this is."""
-        training = self.training
-        try:
-            return self.eval()(parameters)
-        finally:
-            self.train(training)
+    def as_read(self) -> "PromptEncoder":
+        """What a file makes of this one: its settings and its parameters, and nothing else that was put there.
+
+        Raises:
+            RuntimeError: its parameters are not those that it began with, in names or in shapes.
+        """
+        with torch.device("meta"):
+            one = PromptEncoder(d=self.d, **self.settings)
+        one.load_state_dict(self.state_dict(), assign=True)
+        return one.eval()

@@ -239,7 +239,9 @@ class SoftPrompt(Saving):
     @property
     def _has_own_forward(self) -> bool:
         """Whether somebody has put a forward or a hook on it, which may know rows [B, m + n] alone."""
-        return type(self).forward is not SoftPrompt.forward or has_replaced_forward(self) or has_own_hooks(self)
+        kind: Any = type(self)
+        of_ours = kind.forward is SoftPrompt.forward and kind.__call__ is nn.Module.__call__
+        return not of_ours or has_replaced_forward(self) or has_own_hooks(self)
 
     def loss(
         self,

@@ -3,6 +3,8 @@
 import copy
 import os
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from ..files.base_model import check_base, load_head, lost_adapter, settings_of
 from ..files.weights import warn_of_weights, without_adapter
 from ..models import unwrapped
 from ..models.families import is_written_in
+from ..models.trial import quietly
 from . import heads, merged
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ class Saving(nn.Module):
     _came_as: frozenset[str] = frozenset()  # and PEFT's names of the modules that these are of
 
     def final_prompt(self) -> Tensor:
-        """The prompt as it is kept: [m, d] or [K, m, d], without the encoder's dropout.
+        """The prompt as it is merged and served: [m, d] or [K, m, d], without the encoder's dropout.
 
         Where FSDP2 has sharded the parameters they are gathered, so every process must call this.
 
@@ -57,12 +60,32 @@ class Saving(nn.Module):
             ValueError: the first FSDP has it in parts; pruning, a parametrization or an `embeddings` of a subclass's
                 makes it of other parameters.
         """
+        return self._made_by(lambda encoder: encoder)
+
+    def _made_by(self, change: Callable[[Any], Any]) -> Tensor:
+        """The prompt, by what `change` makes of the encoder."""
         self.state_dict()  # for which FSDP2 shards what a forward has left whole, and in half precision
         adapter.check_whole(self.prompt_embeddings)
         self._check_plain()
         with torch.no_grad():
             prompt = adapter.whole({"": self.prompt_embeddings})[""]
-            return prompt if self.encoder is None else _whole(self.encoder).without_dropout(prompt)
+        if self.encoder is None:
+            return prompt
+        encoder = change(_whole(self.encoder))
+        with quietly(encoder):
+            return encoder(prompt)
+
+    def _check_encoder(self, rows: Tensor) -> None:
+        """ValueError where whoever reads a file would not make `rows` of what is in it, as of an encoder's hooks."""
+        read = None
+        with suppress(AttributeError, RuntimeError):  # of one's own, or with other layers
+            read = self._made_by(lambda encoder: encoder.as_read())
+        if read is None or not torch.allclose(read.float(), rows.float(), rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ValueError(
+                "encoder is not as it was made (an activation, a hook, layers of your own), and a file has the "
+                "parameters of P-tuning's alone: save what it makes, "
+                "SoftPrompt(model, m, init=prompt.final_prompt()), or keep state_dict() to train on"
+            )
 
     def _check_plain(self) -> None:
         """ValueError where the prompt is made of its parameters otherwise than whoever reads a file makes it."""
@@ -75,13 +98,16 @@ class Saving(nn.Module):
         parametrized = any(map(parametrize.is_parametrized, self.modules()))
         if parametrized or prune.is_pruned(self) or "prompt_embeddings" not in self._parameters:
             raise ValueError(
-                f"the prompt's parameters are made of others ({', '.join(self.state_dict())}): make them ones again "
-                "by torch.nn.utils' prune.remove or parametrize.remove_parametrizations(prompt, 'prompt_embeddings')"
+                f"the prompt's parameters are made of others ({', '.join(self.state_dict())}): make them ones again, "
+                "by prune.remove(module, name) or parametrize.remove_parametrizations(module, name) of torch.nn.utils, "
+                "or save SoftPrompt(model, m, init=prompt.embeddings().detach())"
             )
 
     def _kept(self) -> tuple[peft.Saved, Tensor, bool]:
         """All that is written, the prompt as the model sees it, and whether this process is the one to write it."""
         rows = self.final_prompt()
+        if self.encoder is not None:
+            self._check_encoder(rows)
         parameters, head = self.state_dict(), heads.head_of(self.model)
         of_model = unwrapped(self.model).state_dict()
         more = self._new | self._perhaps

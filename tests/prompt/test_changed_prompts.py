@@ -130,17 +130,21 @@ def test_a_hook_that_changes_the_number_of_columns():
         prompted(ids, mask)
 
 
-@pytest.mark.parametrize("change", [prune.l1_unstructured, parametrizations.weight_norm])
-def test_an_encoder_made_of_other_parameters(change, tmp_path):
-    prompt = SoftPrompt(causal(), M, encoder="mlp")
-    layer = prompt.encoder.mlp_head[0]
-    change(layer, "weight", **({"amount": 0.5} if change is prune.l1_unstructured else {}))
-    with pytest.raises(ValueError, match=r"parameters are made of others \(.*encoder\.mlp_head\.0"):
-        prompt.save_pretrained(tmp_path / "prompt")
-    remove = prune.remove if prune.is_pruned(layer) else parametrize.remove_parametrizations
-    remove(layer, "weight")
-    prompt.save_pretrained(tmp_path / "prompt")
-    assert torch.equal(SoftPrompt.from_pretrained(prompt.model, tmp_path / "prompt").embeddings(), prompt.embeddings())
+class Called(SoftPrompt):
+    def __call__(self, *args, **kwargs):
+        return scaled(self, args, super().__call__(*args, **kwargs))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_call_of_ones_own(mode):
+    model = causal()
+    prompt = Called(model, M)
+    expected = alone(model, prompt.prompt_embeddings.detach(), 1.5)
+    check(PromptedModel(model, prompt=prompt, mode=mode), expected)
+    ids, mask, _ = batch()  # a text without padding, behind which the prompt would be computed once
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for text, there, logits in zip(ids, mask, expected):
+        assert torch.allclose(prompt.generate(text[there != 0][None], **options).logits[0][0], logits[-1], atol=1e-5)
 
 
 def test_a_forward_that_does_not_hand_on_what_it_is_given():
