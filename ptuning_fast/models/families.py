@@ -8,6 +8,8 @@ one of which somebody else than transformers has written the forward, whatever i
 import inspect
 from typing import Any, NamedTuple
 
+from torch import nn
+
 __all__ = [
     "FAMILIES",
     "Family",
@@ -86,6 +88,7 @@ def family_of(model: Any) -> Family | None:
     return FAMILIES.get(model.config.model_type) if ours else None
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _AROUND = ("torch.", "transformers.", "accelerate.", "ptuning_fast.")  # whose functions and hooks leave outputs alone
 
 
@@ -127,8 +130,10 @@ def is_written_in(function: Any, *packages: str) -> bool:
 
 
 def hooks_of(*modules: Any) -> list[Any]:
-    """Those of their forwards."""
-    return [hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())]
+    """Those of their forwards and backwards, and those on every module."""
+    held = [getattr(one, name) for one in modules for name in _HOOKS]
+    held += [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+    return [hook for hooks in held if hooks for hook in hooks.values()]
 
 
 def has_own_hooks(*modules: Any) -> bool:

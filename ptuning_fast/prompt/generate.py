@@ -6,7 +6,7 @@
 transformers' generate takes a filled cache beside `inputs_embeds` of all columns, and runs those that the cache lacks.
 Beside the embeddings it takes the ids of the text, for penalties and whatever else reads the tokens so far.
 
-From call to call they are kept where the caller says so alone: what a model's weights, hooks and adapters were the last
+From call to call they are kept where the caller says so alone: what a model's weights and adapters were the last
 time cannot be told.
 """
 

@@ -344,13 +344,13 @@ class SoftPrompt(Saving):
         A causal model's keys and values of the prompt are computed once for the batch, not in every row. Where that
         would not be the same (padding on the left with sliding windows, or with `return_dict_in_generate`, from whose
         cache a next call may go on, a bank, token types, dropout, another cache, a penalty on repetitions, which reads
-        the mask, arguments of the model's forward or a `generation_config` among the options), and where a model keeps
-        something else, they are computed in every row.
+        the mask, hooks of yours on the model, arguments of its forward or a `generation_config` among the options), and
+        where a model keeps something else, they are computed in every row.
 
         Args:
             input_ids, attention_mask, token_type_ids: [B, n] each, padded on the left, as `generate` wants it.
             keep_prompt: keep the prompt's keys and values for the next call, until the prompt changes. It is your word
-                that the model does not: weights that were changed, adapters and hooks cannot be noticed.
+                that the model does not: weights that were changed and adapters cannot be noticed.
             options: `generate`'s own. `max_length` and `min_length`, those of a `generation_config` too, count virtual
                 tokens as well (PromptedModel's do not).
 
@@ -386,7 +386,8 @@ class SoftPrompt(Saving):
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
         sharded = any(map(is_sharded, self.model.parameters()))
         called = hooks_of(self) or self._has_own_forward  # torch's hooks, too: that of pruning makes the prompt anew
-        copies = None if sharded or called else copies_of_rows(self.model, options, attention_mask)
+        seen = called or has_own_hooks(*self.model.modules())  # by whom columns may be counted
+        copies = None if sharded or seen else copies_of_rows(self.model, options, attention_mask)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self.info)

@@ -98,9 +98,15 @@ HEADS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*could not be probed")
-@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "forward, offloaded", "hook of Accelerate's"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("hook", "pre-hook", "backward hook", "backward pre-hook", "hook on every module"),
+        *("forward", "forward, offloaded", "hook of Accelerate's"),
+    ],
+)
 @pytest.mark.parametrize("kind", HEADS)
-def test_what_somebody_has_put_around_a_head(kind, way, torch_backend):
+def test_what_somebody_has_put_around_a_head(kind, way, torch_backend, request):
     """It may weigh rows: a packed batch is one."""
     model = sweep.build(*kind, "sdpa").eval()
     ids, mask, _ = batch("last")
@@ -122,6 +128,15 @@ def test_what_somebody_has_put_around_a_head(kind, way, torch_backend):
         part.register_forward_hook(lambda module, args, out: weighed(out))
     elif way == "pre-hook":
         part.register_forward_pre_hook(lambda module, args: (weighed(args[0]),))
+    elif way == "backward hook":
+        part.register_full_backward_hook(lambda module, before, after: (weighed(before[0]),))
+    elif way == "backward pre-hook":
+        part.register_full_backward_pre_hook(lambda module, after: (weighed(after[0]),))
+    elif way == "hook on every module":
+        everywhere = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: weighed(out) if module is part else None
+        )
+        request.addfinalizer(everywhere.remove)
     elif way == "hook of Accelerate's":
         accelerate.hooks.add_hook_to_module(part, Mine())
     else:

@@ -25,15 +25,19 @@ OPTIONS = {
 
 
 def rows_computed(model, call):
-    """[(batch, rows)] of each time that the first layer ran."""
+    """[(batch, rows)] of each time that the first layer ran. By no hook, behind one nothing is computed once."""
     seen, layers = [], next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))
-    hook = layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple((args or tuple(kwargs.values()))[0].shape[:2])), with_kwargs=True
-    )
+    whole = layers[0].forward
+
+    def counted(*args, **kwargs):
+        seen.append(tuple((args or tuple(kwargs.values()))[0].shape[:2]))
+        return whole(*args, **kwargs)
+
+    layers[0].forward = counted
     try:
         call()
     finally:
-        hook.remove()
+        del layers[0].forward
     return seen
 
 
@@ -145,6 +149,32 @@ def test_the_prompt_runs_once_for_a_batch_and_nothing_is_kept(torch_backend):
     expected = model.generate(**prompt(ids, mask), max_new_tokens=4)
     assert torch.equal(prompt.generate(ids, mask, max_new_tokens=4), expected)
     assert torch.equal(copy.deepcopy(prompt).generate(ids, mask, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize("keep_prompt", [False, True])
+def test_hooks_that_count_columns(keep_prompt, torch_backend):
+    """As one that patches a hidden state at a place: it has the columns of all rows, as in `model.generate`."""
+    model = zoo.build("Llama")
+    prompt = SoftPrompt(model, zoo.M)
+    ids, mask = zoo.padded(zoo.texts([9, 9]), "left")
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain = prompt.generate(ids, mask, keep_prompt=keep_prompt, **options).logits[0]
+
+    def patched(module, args, out):
+        if out.shape[1] > 1:
+            out = out.clone()
+            out[:, 2] += 1
+        return out
+
+    hook = model.model.layers[1].register_forward_hook(patched)
+    expected = model.generate(**prompt(ids, mask), **options)
+    found = prompt.generate(ids, mask, keep_prompt=keep_prompt, **options)
+    assert torch.equal(found.sequences[:, -4:], expected.sequences[:, -4:])
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found.logits, expected.logits))
+    assert not torch.allclose(found.logits[0], plain)
+    hook.remove()
+    again = prompt.generate(ids, mask, keep_prompt=keep_prompt, **options).logits[0]
+    assert torch.allclose(again, plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [[0, 3], [0]])
@@ -312,21 +342,14 @@ def test_a_prompt_that_is_kept(torch_backend):
     model = zoo.build("Llama")
     prompt = SoftPrompt(model, 5)
     ids, mask = zoo.padded(zoo.texts([6, 4]), "left")
-    runs = []
-
-    def rows_of(kwargs):
-        return 1 if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"].shape[1]
-
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: runs.append(rows_of(kwargs) == 5), with_kwargs=True
-    )
 
     def generated(**options):
-        runs.clear()
-        found = prompt.generate(ids, mask, max_new_tokens=3, do_sample=False, **options)
-        alone = sum(runs)
+        found = []
+        options |= {"max_new_tokens": 3, "do_sample": False}
+        runs = rows_computed(model, lambda: found.append(prompt.generate(ids, mask, **options)))
+        alone = runs.count((1, 5))
         expected = model.generate(**prompt(ids, mask), max_new_tokens=3, do_sample=False)
-        assert torch.equal(found, expected)
+        assert torch.equal(found[0], expected)
         return alone
 
     generated()  # which is also when the model is probed
