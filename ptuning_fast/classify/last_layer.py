@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attention.by_length import groups_of
 from ..models.embedding import device_of
-from ..models.families import Family, family_of
+from ..models.families import Family, family_of, has_own_hooks
 from ..models.replaced import Called, gives_more, is_plain, on_the_way, with_module
 from ..models.trial import quietly
 
@@ -38,8 +38,8 @@ def prunable(model: Any) -> bool:
 def of_pooled_rows(model: Any, columns: Tensor) -> Any:
     """A copy of `model`, sharing all it has, whose `last_hidden_state` has the pooled rows alone.
 
-    None where somebody has replaced a forward on the way there, which would go past the copy, or where the model gives
-    the hidden states of its layers, too.
+    None where somebody has replaced a forward on the way there, which would go past the copy, or has put a hook on any
+    layer, which may want all its rows, or where the model gives the hidden states of its layers, too.
 
     Args:
         columns: [B], the column of each batch row: [B, 1, d] comes out. Of a packed batch [1, T], the rows that are
@@ -49,7 +49,8 @@ def of_pooled_rows(model: Any, columns: Tensor) -> Any:
     assert family is not None and family.part is not None
     path = family.part.split(".")
     *way, part = on_the_way(model, path)
-    if gives_more(model) or any(vars(one).get(name) for one in way for name in ("forward", "_compiled_call_impl")):
+    replaced = any(vars(one).get(name) for one in way for name in ("forward", "_compiled_call_impl"))
+    if replaced or gives_more(model) or has_own_hooks(*model.children()):
         return None
     columns = columns.long()
     # The last hidden state that was selected from, and its rows: attention and residual share it.

@@ -54,15 +54,15 @@ def _counts(loss: float) -> bool:
 
 
 def is_of_transformers(model: Any) -> bool:
-    """Whether nobody else has written the forward of `model`, or put a hook on it or its head.
+    """Whether nobody else has written the forward of `model`, or put a hook on it or anything in it, or on its head.
 
     Else nothing is known of what comes out.
     """
     inner = unwrapped(model)
     outside = [one for one in inner.children() if inner.base_model not in (inner, one)]
-    head = [part for one in (*outside, output_embeddings(inner)) if one is not None for part in one.modules()]
-    replaced = any(map(has_replaced_forward, head))
-    return not (replaced or has_own_forward(inner) or has_own_hooks(model, inner, *head))
+    outside += [one for one in (output_embeddings(inner),) if one is not None]  # which may be nowhere in it
+    replaced = any(has_replaced_forward(part) for one in outside for part in one.modules())
+    return not (replaced or has_own_forward(inner) or has_own_hooks(model, *outside))
 
 
 def is_of_tokens(model: Any) -> bool:
@@ -143,7 +143,7 @@ def warn_of_own(model: Any, info: ModelInfo) -> None:
     """A warning where nothing is known of the loss that a packed batch, which is one row, is given to."""
     if not is_of_tokens(model):
         warnings.warn(
-            f"the loss of {info.name} is not transformers' own, or a hook is on the model or its head: where it weighs "
+            f"the loss of {info.name} is not transformers' own, or a hook is on a part of the model: where it weighs "
             "rows or columns it comes out otherwise in a packed batch, which is one row; mode='auto' is exact",
             stacklevel=2,
         )
@@ -153,7 +153,7 @@ def warn_of_own_forward(model: Any, info: ModelInfo) -> None:
     """A warning where nothing is known of what a model makes of a row, and a packed batch is one."""
     if not is_of_transformers(model):
         warnings.warn(
-            f"the forward of {info.name} is not transformers' own, or a hook is on the model or its head: what it "
+            f"the forward of {info.name} is not transformers' own, or a hook is on a part of the model: what it "
             "gives for each text (pooled rows, a loss without labels) comes out of all texts at once in a packed "
             "batch, which is one row; mode='auto' is exact",
             stacklevel=2,

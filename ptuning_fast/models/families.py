@@ -14,6 +14,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "class_of",
+    "drop_own_hooks",
     "family_of",
     "has_own_forward",
     "has_own_hooks",
@@ -89,7 +90,13 @@ def family_of(model: Any) -> Family | None:
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_AROUND = ("torch.", "transformers.", "accelerate.", "ptuning_fast.")  # whose functions and hooks leave outputs alone
+_AROUND = (
+    "torch.",
+    "transformers.",
+    "accelerate.",
+    "deepspeed.",
+    "ptuning_fast.",
+)  # whose functions and hooks leave outputs alone
 
 
 def has_own_forward(model: Any) -> bool:
@@ -136,6 +143,26 @@ def hooks_of(*modules: Any) -> list[Any]:
     return [hook for hooks in held if hooks for hook in hooks.values()]
 
 
+def drop_own_hooks(*modules: Any) -> None:
+    """From the forwards of `modules` those hooks that somebody else than these packages has put there."""
+    for one in modules:
+        for hooks in (one._forward_hooks, one._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if not is_written_in(hook, *_AROUND)]:
+                del hooks[key]
+
+
 def has_own_hooks(*modules: Any) -> bool:
-    """Whether somebody else than these packages has put any there."""
-    return not all(is_written_in(hook, *_AROUND) for hook in hooks_of(*modules))
+    """Whether somebody else than these packages has put any on one of `modules`, or inside.
+
+    It is asked at each call, and so does not go by `Module.modules()`, which takes three times as long.
+    """
+    inside, hooks = [*modules], hooks_of()
+    while inside:
+        held = inside.pop().__dict__
+        for name in _HOOKS:
+            if held[name]:
+                hooks += held[name].values()
+        for one in held["_modules"].values():
+            if one is not None:
+                inside.append(one)
+    return not all(is_written_in(hook, *_AROUND) for hook in hooks)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..op import Batch
 from .embedding import device_of
+from .families import drop_own_hooks
 from .info import has_decoder
 
 __all__ = [
@@ -43,6 +44,9 @@ def quietly(model: nn.Module) -> Iterator[None]:
     from then on; rotary positions grow with what they have seen; a classifier's config keeps what kind of labels it was
     given). One thread at a time: another would find a model that is in eval mode for the first one's sake, and leave it
     so; who changes a model for good holds `one_at_a_time` meanwhile, as it would be put back.
+
+    Somebody's own hooks on layers, which may collect what batches give, see nothing of it. (Those on a model itself and
+    on its head make its outputs what they are.)
     """
     devices = {one.device.type for one in model.parameters()} - {"meta"} or {"cpu"}  # the former: offloaded
     with one_at_a_time, torch.no_grad(), torch.autocast(min(devices), enabled=False):
@@ -55,6 +59,8 @@ def quietly(model: nn.Module) -> Iterator[None]:
                     config.return_dict = True
                 # In eval mode bitsandbytes packs 4-bit weights anew for a CPU, and they have no gradient from then on.
                 module.training = any(not one.is_floating_point() for one in module.parameters(recurse=False))
+            layers = [part for one in model.modules() if isinstance(one, nn.ModuleList) for part in one.modules()]
+            drop_own_hooks(*layers)
             yield
 
 

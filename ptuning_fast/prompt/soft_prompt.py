@@ -386,7 +386,7 @@ class SoftPrompt(Saving):
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
         sharded = any(map(is_sharded, self.model.parameters()))
         called = hooks_of(self) or self._has_own_forward  # torch's hooks, too: that of pruning makes the prompt anew
-        seen = called or has_own_hooks(*self.model.modules())  # by whom columns may be counted
+        seen = called or has_own_hooks(self.model)  # by whom columns may be counted
         copies = None if sharded or seen else copies_of_rows(self.model, options, attention_mask)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:

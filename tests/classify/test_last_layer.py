@@ -55,10 +55,42 @@ def test_an_encoder_that_gives_hidden_states_gives_as_many_later(mode):
 
 def test_a_changed_architecture_is_not_pruned():
     """The probe finds out what the name does not say: here a layer that mixes the rows behind the attention."""
+
+    class Mixed(torch.nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, *args):
+            out = self.inside(*args)
+            return out + out.mean(1, keepdim=True)
+
     model = base("BERT")
     assert prunable(model)
-    model.encoder.layer[-1].output.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+    model.encoder.layer[-1].output = Mixed(model.encoder.layer[-1].output)
     assert not prunable(model)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "packed"])
+def test_hooks_on_layers_have_all_rows(mode):
+    """Those that come later, too, as ones that patch or keep hidden states do."""
+    model = base("BERT")
+    fast, whole = (FastPTuning(model, zoo.M, 3, mode=mode, prune=prune).eval() for prune in (True, False))
+    whole.load_state_dict(fast.state_dict())
+    ids, mask = zoo.padded(zoo.texts(), "right")
+    before, seen = fast(ids, mask), []
+
+    def patch(module, args, out):
+        seen.append(out.shape[:2].numel())
+        return out + out[:, 1:2]
+
+    for name in ("output", "intermediate"):
+        hook = getattr(model.encoder.layer[-1], name).register_forward_hook(patch)
+        patched = fast(ids, mask)
+        assert torch.allclose(patched, whole(ids, mask), atol=1e-5) and not torch.allclose(patched, before)
+        assert seen[-2] == seen[-1] >= mask.sum() + len(ids) * zoo.M
+        hook.remove()
+    assert torch.allclose(fast(ids, mask), before)
 
 
 @pytest.mark.parametrize("mode", ["prepend", "packed"])

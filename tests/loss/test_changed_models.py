@@ -147,6 +147,27 @@ def test_what_somebody_has_put_around_a_head(kind, way, torch_backend, request):
     assert rows_of(ids % 2) == rows_of(None) == len(ids)
 
 
+@pytest.mark.parametrize("kind", ["forward_hook", "full_backward_hook"])
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
+def test_hooks_on_layers(name, kind, torch_backend):
+    """As one that reads or patches a hidden state at a place: `"auto"` gives them the rows and columns of the batch."""
+    model = zoo.build(name).eval()
+    prompted = PromptedModel(model, 3)
+    ids, mask, _ = batch("last")
+    assert len(prompted.prompt(ids, mask, mode="auto")["inputs_embeds"]) == 1
+    layer = next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))[1]
+    seen = []
+
+    def hook(module, *given):
+        seen.append((given[-1] if torch.is_tensor(given[-1]) else given[-1][0]).shape[:2])
+
+    handle = getattr(layer, f"register_{kind}")(hook)
+    prompted(ids, mask)[0].sum().backward()
+    assert seen == [(len(ids), 3 + ids.shape[1])]  # and nothing of trials
+    handle.remove()
+    assert len(prompted.prompt(ids, mask, mode="auto")["inputs_embeds"]) == 1
+
+
 class InFp32(torch.nn.Sequential):
     """As PEFT's examples have it around a head."""
 
@@ -193,7 +214,7 @@ def test_what_looks_like_the_models_own_loss_and_is_not(change, torch_backend):
         gradients(model(**prompt(ids, mask, labels=labels, mode="auto")).loss, prompt.prompt_embeddings), expected
     )
     for mode in ("packed", "shared"):
-        with pytest.warns(UserWarning, match="is not transformers' own, or a hook is on the model") as seen:
+        with pytest.warns(UserWarning, match="is not transformers' own, or a hook is on a part of the model") as seen:
             SoftPrompt(model, 3)(ids, mask, labels=labels, mode=mode)
         assert len(seen) == 1
         with warnings.catch_warnings():
