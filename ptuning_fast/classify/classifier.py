@@ -15,7 +15,7 @@ from ..files.base_model import lost_adapter, same_name, settings_of, warn_of_ada
 from ..files.weights import warn_of_weights
 from ..models import describe, prepend
 from ..models.embedding import device_of
-from ..models.families import has_own_hooks, has_replaced_forward, is_written_in
+from ..models.families import has_own_hooks, has_own_parts, has_replaced_forward, is_written_in
 from ..models.info import ModelInfo, check_tensors, fits
 from ..models.probe import is_causal, takes_additive_mask
 from ..modes import Mode, mode_for
@@ -206,8 +206,8 @@ class FastPTuning(nn.Module):
         types = token_type_ids if "token_type_ids" in self._info.takes else None
         given = batch = Batch(input_ids, attention_mask, types)
         order = None
-        if self._served.packed and attention_mask is not None and fits(given):
-            # Sequences of one length side by side share one attention call.
+        if self._served.packed and attention_mask is not None and fits(given) and not has_own_parts(self.bert):
+            # Sequences of one length side by side share one attention call; somebody's own parts may know the batch's.
             order = (attention_mask != 0).sum(1).argsort()
             ids, *rest = given
             batch = Batch(ids[order], *(None if value is None else value[order] for value in rest))

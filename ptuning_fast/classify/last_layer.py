@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attention.by_length import groups_of
 from ..models.embedding import device_of
-from ..models.families import Family, family_of, has_own_hooks
+from ..models.families import Family, family_of, has_own_parts
 from ..models.replaced import Called, gives_more, is_plain, on_the_way, with_module
 from ..models.trial import quietly
 
@@ -50,7 +50,7 @@ def of_pooled_rows(model: Any, columns: Tensor) -> Any:
     path = family.part.split(".")
     *way, part = on_the_way(model, path)
     replaced = any(vars(one).get(name) for one in way for name in ("forward", "_compiled_call_impl"))
-    if replaced or gives_more(model) or has_own_hooks(*model.children()):
+    if replaced or gives_more(model) or has_own_parts(*model.children()):
         return None
     columns = columns.long()
     # The last hidden state that was selected from, and its rows: attention and residual share it.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families import has_own_forward, has_own_hooks, has_replaced_forward, is_written_in
+from ..models.families import has_own_forward, has_own_parts, is_written_in
 from ..models.info import ModelInfo, output_embeddings, unwrapped
 from ..models.trial import quietly, short_text
 
@@ -54,15 +54,13 @@ def _counts(loss: float) -> bool:
 
 
 def is_of_transformers(model: Any) -> bool:
-    """Whether nobody else has written the forward of `model`, or put a hook on it or anything in it, or on its head.
+    """Whether nobody else has written the forward of `model`, or of a block in it, or put a hook there.
 
     Else nothing is known of what comes out.
     """
     inner = unwrapped(model)
-    outside = [one for one in inner.children() if inner.base_model not in (inner, one)]
-    outside += [one for one in (output_embeddings(inner),) if one is not None]  # which may be nowhere in it
-    replaced = any(has_replaced_forward(part) for one in outside for part in one.modules())
-    return not (replaced or has_own_forward(inner) or has_own_hooks(model, *outside))
+    head = output_embeddings(inner)  # which may be nowhere in it
+    return not (has_own_forward(inner) or has_own_parts(model) or (head is not None and has_own_parts(head)))
 
 
 def is_of_tokens(model: Any) -> bool:
@@ -143,8 +141,9 @@ def warn_of_own(model: Any, info: ModelInfo) -> None:
     """A warning where nothing is known of the loss that a packed batch, which is one row, is given to."""
     if not is_of_tokens(model):
         warnings.warn(
-            f"the loss of {info.name} is not transformers' own, or a hook is on a part of the model: where it weighs "
-            "rows or columns it comes out otherwise in a packed batch, which is one row; mode='auto' is exact",
+            f"the loss of {info.name} is not transformers' own, or a hook, forward or block of your own is in the "
+            "model: where it weighs rows or columns it comes out otherwise in a packed batch, which is one row; "
+            "mode='auto' is exact",
             stacklevel=2,
         )
 
@@ -153,8 +152,8 @@ def warn_of_own_forward(model: Any, info: ModelInfo) -> None:
     """A warning where nothing is known of what a model makes of a row, and a packed batch is one."""
     if not is_of_transformers(model):
         warnings.warn(
-            f"the forward of {info.name} is not transformers' own, or a hook is on a part of the model: what it "
-            "gives for each text (pooled rows, a loss without labels) comes out of all texts at once in a packed "
-            "batch, which is one row; mode='auto' is exact",
+            f"the forward of {info.name} is not transformers' own, or a hook, forward or block of your own is in the "
+            "model: what it gives for each text (pooled rows, a loss without labels) comes out of all texts at once in "
+            "a packed batch, which is one row; mode='auto' is exact",
             stacklevel=2,
         )

@@ -18,6 +18,7 @@ __all__ = [
     "family_of",
     "has_own_forward",
     "has_own_hooks",
+    "has_own_parts",
     "has_replaced_forward",
     "hooks_of",
     "is_written_in",
@@ -152,17 +153,30 @@ def drop_own_hooks(*modules: Any) -> None:
 
 
 def has_own_hooks(*modules: Any) -> bool:
-    """Whether somebody else than these packages has put any on one of `modules`, or inside.
+    """Whether somebody else than these packages has put any there."""
+    return not all(is_written_in(hook, *_AROUND) for hook in hooks_of(*modules))
 
-    It is asked at each call, and so does not go by `Module.modules()`, which takes three times as long.
+
+def has_own_parts(*modules: Any) -> bool:
+    """Whether somebody else than these packages has put a hook, a forward or a block on one of `modules`, or inside.
+
+    A block has modules in it, as what is put around a layer; a single module of another's, such as a quantised linear
+    layer, goes by tokens. It is asked at each call, and so does not go by `Module.modules()`, which takes three times
+    as long.
     """
-    inside, hooks = [*modules], hooks_of()
+    inside, hooks, blocks = [*modules], hooks_of(), set()
     while inside:
-        held = inside.pop().__dict__
+        module = inside.pop()
+        held = module.__dict__
         for name in _HOOKS:
             if held[name]:
                 hooks += held[name].values()
-        for one in held["_modules"].values():
-            if one is not None:
-                inside.append(one)
-    return not all(is_written_in(hook, *_AROUND) for hook in hooks)
+        if "forward" in held and has_replaced_forward(module):
+            return True
+        if held["_modules"]:
+            blocks.add(type(module))
+            for one in held["_modules"].values():
+                if one is not None:
+                    inside.append(one)
+    own = not all(is_written_in(one.forward, *_AROUND, "peft.", "liger_kernel.") for one in blocks)
+    return own or not all(is_written_in(hook, *_AROUND) for hook in hooks)

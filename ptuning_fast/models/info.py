@@ -1,5 +1,6 @@
 """What a Hugging Face model takes, and which rows of its input and output mean what."""
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..op import Batch
 from .families import class_of, family_of
 from .positions import counts_columns, max_positions, position_start, steady_length
-from .replaced import with_module
+from .replaced import Called, with_module
 
 __all__ = [
     "ModelInfo",
@@ -245,7 +246,7 @@ def describe(model: nn.Module) -> ModelInfo:
         raise TypeError(f"this {type(model).__name__} prepends a prompt already: give its .model")
     around, model = model, unwrapped(model)
     _refuse(model)
-    takes, config = _handed_on(around), model.config
+    takes, config = _handed_on(around) - _not_flattened(model), model.config
     pooled = _pooled_end(model)
     has_pooler = getattr(model.base_model, "pooler", None) is not None
     family, embedding_type = family_of(model), getattr(config, "position_embedding_type", "absolute")
@@ -290,6 +291,23 @@ def _handed_on(model: Any) -> frozenset[str]:
     copied.__dict__["forward"] = inside
     with_module(around, ("base_model", "model"), copied).forward(**given)
     return takes - (given.keys() - arrived)
+
+
+def _not_flattened(model: Any) -> set[str]:
+    """The position_ids of a class for multiple choice that hands them on as [B, C, n], as DistilBERT's does."""
+    if not is_a(model, "ForMultipleChoice"):
+        return set()
+    found: list[Any] = []
+
+    def inside(*_: Any, position_ids: Any = None, **arguments: Any) -> None:
+        found.append(position_ids)
+        raise StopIteration
+
+    choices, columns = torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, dtype=torch.int64)
+    with contextlib.suppress(StopIteration, TypeError):  # the latter: it takes none
+        copied = with_module(model, (model.base_model_prefix,), Called(inside))
+        type(model).forward(copied, inputs_embeds=choices, attention_mask=columns, position_ids=columns)
+    return set() if found and found[0] is not None and found[0].dim() == 2 else {"position_ids"}
 
 
 _OF_OTHERS = ("decoder_", "encoder_", "qformer_")  # what a name begins with that is of other rows than the text's

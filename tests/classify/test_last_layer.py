@@ -93,6 +93,23 @@ def test_hooks_on_layers_have_all_rows(mode):
     assert torch.allclose(fast(ids, mask), before)
 
 
+@pytest.mark.parametrize("prune", [False, True])
+def test_hooks_have_the_texts_in_the_order_of_the_batch(prune):
+    """Packed texts are sorted by length where nobody looks; a hook on the embeddings is given the batch itself."""
+    model, seen = base("BERT"), []
+    fast = FastPTuning(model, zoo.M, 3, mode="packed", prune=prune).eval()
+    ids, mask = zoo.padded(zoo.texts([3, 9, 5, 9]), "right")
+    before = fast(ids, mask)
+
+    def noise(module, args, out):
+        seen.append(args[0])
+        return out * torch.tensor([1.0, -1, 1, 1])[:, None, None]
+
+    model.get_input_embeddings().register_forward_hook(noise)
+    changed = (fast(ids, mask) - before).abs().amax(1) > 1e-3
+    assert changed.tolist() == [False, True, False, False] and torch.equal(seen[-1], ids)
+
+
 @pytest.mark.parametrize("mode", ["prepend", "packed"])
 def test_dropout_of_the_pooled_row(monkeypatch, mode):
     """Whatever dropout makes of the weights, values are summed up with that, their bias included."""

@@ -168,6 +168,77 @@ def test_hooks_on_layers(name, kind, torch_backend):
     assert len(prompted.prompt(ids, mask, mode="auto")["inputs_embeds"]) == 1
 
 
+class Wrapped(torch.nn.Module):
+    """A layer as representation engineering wraps it, with what is set later."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.patch = block, None
+
+    def forward(self, *args, **kwargs):
+        out = self.block(*args, **kwargs)
+        return out if self.patch is None else self.patch(out)
+
+
+def wrapped(layers):
+    layers[1] = Wrapped(layers[1])
+    return lambda patch: setattr(layers[1], "patch", patch)
+
+
+def with_a_forward(layers):
+    whole = layers[1].forward
+    return lambda patch: setattr(layers[1], "forward", lambda *args, **kwargs: patch(whole(*args, **kwargs)))
+
+
+def of_a_class(layers):
+    kind = type(layers[1])
+
+    class Mine(kind):
+        patch = None
+
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return out if self.patch is None else self.patch(out)
+
+    layers[1].__class__ = Mine
+    return lambda patch: setattr(layers[1], "patch", patch)
+
+
+def with_a_hook(layers):
+    return lambda patch: layers[1].register_forward_hook(lambda module, args, out: patch(out))
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("put", [wrapped, with_a_forward, of_a_class, with_a_hook])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2"])
+def test_what_patches_rows_and_columns(name, put, early, torch_backend):
+    """Set before the first call or after it: no probe finds a column that its texts do not have."""
+    model = zoo.build(name).eval()
+    layers = model.model.layers
+    set_to = put(layers)
+    prompted = PromptedModel(model, 3)
+    ids, mask, labels = batch("last")
+    labels = labels.masked_fill(mask.cumsum(1) == 1, -100)  # PromptedModel leaves them out
+
+    def patch(out):
+        scale = torch.ones(out.shape[:2])
+        scale[1] = 1.5
+        scale[:, 14:] *= 0.5
+        return out * scale[..., None]
+
+    if not early:
+        prompted(ids, mask, labels=labels)
+        prompted.prompt.loss(ids, mask, labels=labels)
+    set_to(patch)
+    expected = model(**prompted.prompt(ids, mask, labels=labels, mode="prepend")).loss
+    embeds = torch.cat([prompted.prompt.embeddings().expand(len(ids), -1, -1), model.get_input_embeddings()(ids)], 1)
+    given = {"inputs_embeds": embeds, "attention_mask": F.pad(mask, (3, 0), value=1)}
+    plain = model(**given, labels=F.pad(labels.masked_fill(mask == 0, -100), (3, 0), value=-100)).loss
+    assert torch.allclose(expected, plain, rtol=1e-5)
+    assert torch.allclose(prompted(ids, mask, labels=labels).loss, expected, rtol=1e-5)
+    assert torch.allclose(prompted.prompt.loss(ids, mask, labels=labels), expected, rtol=1e-5)
+
+
 class InFp32(torch.nn.Sequential):
     """As PEFT's examples have it around a head."""
 
@@ -214,7 +285,9 @@ def test_what_looks_like_the_models_own_loss_and_is_not(change, torch_backend):
         gradients(model(**prompt(ids, mask, labels=labels, mode="auto")).loss, prompt.prompt_embeddings), expected
     )
     for mode in ("packed", "shared"):
-        with pytest.warns(UserWarning, match="is not transformers' own, or a hook is on a part of the model") as seen:
+        with pytest.warns(
+            UserWarning, match="is not transformers' own, or a hook, forward or block of your own"
+        ) as seen:
             SoftPrompt(model, 3)(ids, mask, labels=labels, mode=mode)
         assert len(seen) == 1
         with warnings.catch_warnings():

@@ -56,7 +56,7 @@ def test_columns_that_are_counted_once_a_batch_is_turned(torch_backend):
             info.turned(Batch(*zoo.padded(zoo.texts([18, 4]), side)), 3)
 
 
-@pytest.mark.parametrize("name", ["BERT", "ELECTRA", "DeBERTa-v2", "RoBERTa"])
+@pytest.mark.parametrize("name", ["BERT", "ELECTRA", "DeBERTa-v2", "DistilBERT", "RoBERTa"])
 def test_multiple_choice(name, torch_backend):
     """Of choices that stand below each other: the first token is read, wherever the padding is."""
     model = zoo.build(name, type(zoo.build(name)).__name__.replace("Model", "ForMultipleChoice"))

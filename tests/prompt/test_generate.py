@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import sweep
@@ -27,17 +28,17 @@ OPTIONS = {
 def rows_computed(model, call):
     """[(batch, rows)] of each time that the first layer ran. By no hook, behind one nothing is computed once."""
     seen, layers = [], next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))
-    whole = layers[0].forward
+    part = next(one for one in layers[0].modules() if not [*one.children()])
+    whole = type(part).forward
 
-    def counted(*args, **kwargs):
-        seen.append(tuple((args or tuple(kwargs.values()))[0].shape[:2]))
-        return whole(*args, **kwargs)
+    def counted(self, rows):
+        if self is part:
+            seen.append(tuple(rows.shape[:2]))
+        return whole(self, rows)
 
-    layers[0].forward = counted
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(part), "forward", counted)
         call()
-    finally:
-        del layers[0].forward
     return seen
 
 
@@ -151,8 +152,19 @@ def test_the_prompt_runs_once_for_a_batch_and_nothing_is_kept(torch_backend):
     assert torch.equal(copy.deepcopy(prompt).generate(ids, mask, max_new_tokens=4), expected)
 
 
+def by_a_hook(layer, patched):
+    return layer.register_forward_hook(lambda module, args, out: patched(out))
+
+
+def by_a_forward(layer, patched):
+    whole = layer.forward
+    layer.forward = lambda *args, **kwargs: patched(whole(*args, **kwargs))
+    return SimpleNamespace(remove=lambda: vars(layer).pop("forward"))
+
+
+@pytest.mark.parametrize("put", [by_a_hook, by_a_forward])
 @pytest.mark.parametrize("keep_prompt", [False, True])
-def test_hooks_that_count_columns(keep_prompt, torch_backend):
+def test_what_counts_columns(keep_prompt, put, torch_backend):
     """As one that patches a hidden state at a place: it has the columns of all rows, as in `model.generate`."""
     model = zoo.build("Llama")
     prompt = SoftPrompt(model, zoo.M)
@@ -160,13 +172,13 @@ def test_hooks_that_count_columns(keep_prompt, torch_backend):
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     plain = prompt.generate(ids, mask, keep_prompt=keep_prompt, **options).logits[0]
 
-    def patched(module, args, out):
+    def patched(out):
         if out.shape[1] > 1:
             out = out.clone()
             out[:, 2] += 1
         return out
 
-    hook = model.model.layers[1].register_forward_hook(patched)
+    hook = put(model.model.layers[1], patched)
     expected = model.generate(**prompt(ids, mask), **options)
     found = prompt.generate(ids, mask, keep_prompt=keep_prompt, **options)
     assert torch.equal(found.sequences[:, -4:], expected.sequences[:, -4:])

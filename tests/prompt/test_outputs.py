@@ -260,7 +260,7 @@ def test_what_somebody_has_put_around_a_model(change, around):
         around(model)
     ids, mask = zoo.padded(zoo.texts(), "right")
     assert PromptedModel(model, 3).eval()(ids, mask)["mean"].shape == (len(ids), zoo.D)
-    with pytest.warns(UserWarning, match="not transformers' own, or a hook is on a part of the model"):
+    with pytest.warns(UserWarning, match="not transformers' own, or a hook, forward or block of your own"):
         out = PromptedModel(model, 3, mode="packed").eval()(ids, mask)
     assert out["mean"].shape == (1, zoo.D) and out.pooler_output is None and "pooler_output" not in out
     accelerate.state.AcceleratorState._reset_state()
