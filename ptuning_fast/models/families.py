@@ -171,12 +171,13 @@ def has_own_parts(*modules: Any) -> bool:
         for name in _HOOKS:
             if held[name]:
                 hooks += held[name].values()
-        if "forward" in held and has_replaced_forward(module):
+        compiled = "_orig_mod" in held["_modules"]  # by torch.compile, with a forward that calls what is inside
+        if "forward" in held and not compiled and has_replaced_forward(module):
             return True
-        if held["_modules"]:
+        if held["_modules"] and not compiled:
             blocks.add(type(module))
-            for one in held["_modules"].values():
-                if one is not None:
-                    inside.append(one)
+        for one in held["_modules"].values():
+            if one is not None:
+                inside.append(one)
     own = not all(is_written_in(one.forward, *_AROUND, "peft.", "liger_kernel.") for one in blocks)
     return own or not all(is_written_in(hook, *_AROUND) for hook in hooks)

@@ -239,6 +239,29 @@ def test_what_patches_rows_and_columns(name, put, early, torch_backend):
     assert torch.allclose(prompted.prompt.loss(ids, mask, labels=labels), expected, rtol=1e-5)
 
 
+def test_what_is_no_change_of_somebodys_own(torch_backend):
+    """Adapters, offloading, checkpointing and compiled layers leave `"auto"` its savings."""
+    ids, mask, labels = batch("last")
+
+    def rows(model):
+        return len(SoftPrompt(model, 3)(ids, mask, labels=labels, mode="auto")["inputs_embeds"])
+
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    assert rows(peft.get_peft_model(zoo.build("Llama"), lora).eval()) == 1
+    assert rows(accelerate.cpu_offload(zoo.build("Llama").eval())) == 1
+    model = zoo.build("Llama").train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    assert rows(model) == 1
+    for compiled in (lambda layer: torch.compile(layer, backend="eager"), lambda layer: layer.compile(backend="eager")):
+        model = zoo.build("Llama").eval()
+        model.model.layers[1] = compiled(model.model.layers[1]) or model.model.layers[1]
+        assert rows(model) == 1
+        model.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
+        assert rows(model) == len(ids)
+
+
 class InFp32(torch.nn.Sequential):
     """As PEFT's examples have it around a head."""
 
