@@ -131,7 +131,8 @@ def is_written_in(function: Any, *packages: str) -> bool:
     while function is not None:
         inside = getattr(function, "func", None)
         code = inside if getattr(inside, "__module__", "").startswith("accelerate.") else function
-        if not getattr(code, "__globals__", {}).get("__name__", type(code).__module__).startswith(packages):
+        names = getattr(code, "__globals__", None)
+        if not (type(code).__module__ if names is None else names["__name__"]).startswith(packages):
             return False
         function = vars(function).get("__wrapped__")
     return True
