@@ -65,7 +65,7 @@ class ModelLoss:
     def of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """`model(**inputs).loss`, a scalar; where labels are one per column, on the rows alone that predict one."""
         shape = inputs["inputs_embeds"].shape[:2]
-        if inputs["labels"].shape != shape:
+        if inputs["labels"].shape != shape or not is_of_tokens(model):  # as it is now, whatever it was when probed
             return model(**inputs).loss
         keeps = self.find(keeps_labelled_rows, model)
         called = model

@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerationMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.embedding import device_of, prepend, rows_of
+from ..models.families import has_own_parts, is_written_in
 from ..models.info import ModelInfo, fits, unwrapped
 from ..models.probe import off_by, tolerance
 from ..models.trial import held_by, is_changed, one_at_a_time, ordinary_tokens, padded, quietly
@@ -90,6 +93,13 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
+def _has_own_attention(model: Any) -> bool:
+    """Whether it goes through somebody's own functions, which may take a whole prefill for another than a part."""
+    name = unwrapped(model).config.get_text_config()._attn_implementation
+    functions = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    return not all(is_written_in(one, "transformers.", "ptuning_fast.") for one in functions)
+
+
 def copies_of_rows(model: Any, options: dict[str, Any], attention_mask: Tensor | None) -> int | None:
     """How many of each row `model.generate(**options)` makes; None where it might read the prompt's rows otherwise.
 
@@ -102,6 +112,8 @@ def copies_of_rows(model: Any, options: dict[str, Any], attention_mask: Tensor |
         return options.get(name, getattr(settings, name, None))
 
     if settings is None or not all(name in vars(settings) or name in _DECODING for name in options):
+        return None
+    if has_own_parts(model) or _has_own_attention(model):  # which may count columns
         return None
     if any(option(name) for name in ("cache_implementation", *_COLUMNS)) or option("use_cache") is False:
         return None

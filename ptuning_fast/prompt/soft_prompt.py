@@ -13,7 +13,7 @@ from ..loss.kinds import check_counted, goes_by_items, has_causal_loss, warn_of_
 from ..loss.model_loss import ModelLoss
 from ..models import describe, unwrapped
 from ..models.embedding import are_several, device_of, is_sharded
-from ..models.families import has_own_hooks, has_own_parts, has_replaced_forward, hooks_of
+from ..models.families import has_own_hooks, has_replaced_forward, hooks_of
 from ..models.info import check_tensors
 from ..models.trial import is_read
 from ..modes import MODES, Mode, mode_for
@@ -386,8 +386,7 @@ class SoftPrompt(Saving):
         # A forward of a sharded model is one of all processes, and which rows the others have nobody knows here.
         sharded = any(map(is_sharded, self.model.parameters()))
         called = hooks_of(self) or self._has_own_forward  # torch's hooks, too: that of pruning makes the prompt anew
-        seen = called or has_own_parts(self.model)  # which may count columns
-        copies = None if sharded or seen else copies_of_rows(self.model, options, attention_mask)
+        copies = None if sharded or called else copies_of_rows(self.model, options, attention_mask)
         if self.length and copies is not None and token_type_ids is None:
             if self._cached is None:
                 self._cached = CachedPrompt(self.model, self.info)

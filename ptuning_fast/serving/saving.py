@@ -32,10 +32,11 @@ def _whole(encoder: Any) -> Any:
     gathered = adapter.whole(parameters)
     if all(gathered[name] is parameter for name, parameter in parameters.items()):
         return encoder
-    encoder = copy.deepcopy(encoder)
-    for name, tensor in gathered.items():
+    memo: dict[int, Any] = {id(one): nn.Parameter(gathered[name]) for name, one in parameters.items()}
+    encoder = copy.deepcopy(encoder, memo)  # without parts and their gradients, which are not to be copied
+    for name in parameters:
         place, _, last = name.rpartition(".")
-        setattr(encoder.get_submodule(place), last, nn.Parameter(tensor))
+        setattr(encoder.get_submodule(place), last, encoder.get_parameter(name))  # an LSTM keeps a list of them, too
     return encoder
 
 

@@ -204,12 +204,30 @@ def of_a_class(layers):
     return lambda patch: setattr(layers[1], "patch", patch)
 
 
+def of_a_class_within(layers):
+    """Of the part that is left to the labelled rows."""
+    kind = type(layers[-1].mlp)
+
+    class Mine(kind):
+        patch = None
+
+        def forward(self, *args):
+            out = super().forward(*args)
+            return out if self.patch is None else self.patch(out)
+
+    def set_to(patch):
+        Mine.patch = staticmethod(patch)
+        layers[-1].mlp.__class__ = Mine
+
+    return set_to
+
+
 def with_a_hook(layers):
     return lambda patch: layers[1].register_forward_hook(lambda module, args, out: patch(out))
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("put", [wrapped, with_a_forward, of_a_class, with_a_hook])
+@pytest.mark.parametrize("put", [wrapped, with_a_forward, of_a_class, of_a_class_within, with_a_hook])
 @pytest.mark.parametrize("name", ["Llama", "Qwen2"])
 def test_what_patches_rows_and_columns(name, put, early, torch_backend):
     """Set before the first call or after it: no probe finds a column that its texts do not have."""
@@ -219,6 +237,7 @@ def test_what_patches_rows_and_columns(name, put, early, torch_backend):
     prompted = PromptedModel(model, 3)
     ids, mask, labels = batch("last")
     labels = labels.masked_fill(mask.cumsum(1) == 1, -100)  # PromptedModel leaves them out
+    labels[:, 3:-3] = -100  # few, for which the last layer's rows would be left to them
 
     def patch(out):
         scale = torch.ones(out.shape[:2])

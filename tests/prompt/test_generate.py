@@ -10,6 +10,8 @@ import sweep
 import torch
 import transformers
 import zoo
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ptuning_fast import PromptedModel, SoftPrompt
 
@@ -160,6 +162,27 @@ def by_a_forward(layer, patched):
     whole = layer.forward
     layer.forward = lambda *args, **kwargs: patched(whole(*args, **kwargs))
     return SimpleNamespace(remove=lambda: vars(layer).pop("forward"))
+
+
+def test_an_attention_of_ones_own(torch_backend):
+    """Registered as transformers has it: in a prefill, as many queries as keys, each sees the last few alone."""
+    prompt_and_text = []
+
+    def sparse(module, query, key, value, mask, **kwargs):
+        prompt_and_text.append(query.shape[2])
+        if query.shape[2] == key.shape[2]:
+            mask = torch.ones(2 * query.shape[2:3], dtype=torch.bool).tril().triu(-5)[None, None]
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    transformers.AttentionInterface.register("sparse_of_a_test", sparse)
+    transformers.AttentionMaskInterface.register("sparse_of_a_test", sdpa_mask)
+    model = zoo.build("Llama", attn_implementation="sparse_of_a_test").eval()
+    prompt, ids = SoftPrompt(model, zoo.M), torch.stack(zoo.texts([17]))
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**prompt(ids), **options).logits[0]
+    prompt_and_text.clear()
+    assert torch.allclose(prompt.generate(ids, **options).logits[0], expected, atol=1e-6)
+    assert set(prompt_and_text) == {zoo.M + 17}
 
 
 @pytest.mark.parametrize("put", [by_a_hook, by_a_forward])
