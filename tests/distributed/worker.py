@@ -214,7 +214,7 @@ def fsdp_both(mode):
 @case("prepend")
 def saved_by_fsdp(mode):
     """A prompt that FSDP2 has sharded, saved by both processes at once and loaded by each, also where it computes in
-    half precision, and behind a forward; and so is a classifier."""
+    half precision, and behind a forward; and so are a classifier, and encoders that have gradients."""
     module, model = Causal(frozen("Llama"), mode), classifier("prepend")
     start = model.prompt_embeddings.detach().clone()
     fully_shard(module.prompt, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
@@ -229,6 +229,16 @@ def saved_by_fsdp(mode):
     dist.barrier()
     assert torch.equal(adapter.load(folder.with_name("classifier"))[0]["prompt_embeddings"], start)
     module.prompt = SoftPrompt.from_pretrained(module.model, folder)
+    for kind in ("mlp", "lstm"):
+        prompt, place = SoftPrompt(module.model, zoo.M, encoder=kind), folder.with_name(kind)
+        for one in prompt.parameters():
+            dist.broadcast(one.data, 0)
+        expected = prompt.embeddings().detach()
+        fully_shard(prompt)
+        prompt(ids, mask)["inputs_embeds"].sum().backward()
+        prompt.save_pretrained(place)
+        dist.barrier()
+        assert torch.allclose(SoftPrompt.from_pretrained(module.model, place).embeddings(), expected, atol=1e-6)
     return curve(beside(DDP(module.prompt), module), OWN, module.total, [module.prompt.prompt_embeddings])
 
 
