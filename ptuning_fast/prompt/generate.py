@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerationMode
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.embedding import device_of, prepend, rows_of
 from ..models.families import has_own_parts, is_written_in
@@ -95,6 +93,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _has_own_attention(model: Any) -> bool:
     """Whether it goes through somebody's own functions, which may take a whole prefill for another than a part."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     name = unwrapped(model).config.get_text_config()._attn_implementation
     functions = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
     return not all(is_written_in(one, "transformers.", "ptuning_fast.") for one in functions)
