@@ -38,8 +38,8 @@ def prunable(model: Any) -> bool:
 def of_pooled_rows(model: Any, columns: Tensor) -> Any:
     """A copy of `model`, sharing all it has, whose `last_hidden_state` has the pooled rows alone.
 
-    None where somebody has replaced a forward on the way there, which would go past the copy, or has put a hook on any
-    layer, which may want all its rows, or where the model gives the hidden states of its layers, too.
+    None where somebody has replaced a forward on the way there, which would go past the copy, or has put a hook or a
+    block into a layer, which may want all its rows, or where the model gives the hidden states of its layers, too.
 
     Args:
         columns: [B], the column of each batch row: [B, 1, d] comes out. Of a packed batch [1, T], the rows that are

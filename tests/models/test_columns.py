@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import sweep
 import torch
+import transformers
 import zoo
 
 from ptuning_fast import PromptedModel, SoftPrompt
@@ -73,6 +74,19 @@ def test_multiple_choice(name, torch_backend):
         PromptedModel(model, length=3)(torch.ones(1, 2, 3).long(), torch.ones(1, 2, 3).long())
     for one in found:
         torch.testing.assert_close(one.flatten(), torch.cat(alone).flatten(), rtol=1e-4, atol=1e-5)
+
+
+class OwnChoice(transformers.BertForMultipleChoice):
+    def forward(self, inputs_embeds=None, attention_mask=None, position_ids=None):
+        assert inputs_embeds.shape[-1] == self.bert.config.hidden_size
+        return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids)
+
+
+def test_a_class_for_choices_of_ones_own():
+    """What it does with positions may not be found out: then it is given none, whatever its forward raises."""
+    model = OwnChoice(zoo.build("BERT").config)
+    assert "position_ids" not in describe(model).takes
+    assert "position_ids" in describe(transformers.BertForMultipleChoice(model.config)).takes
 
 
 @pytest.mark.parametrize("task", ["QUESTION_ANS", None])
