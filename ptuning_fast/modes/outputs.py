@@ -71,8 +71,9 @@ def of_text(out: Any, laid_out: LaidOut, model: Any, tried: Callable[[], Tried],
         rows = mode.of_tokens(rows, inputs, batch, m)
         return rows[batch.attention_mask != 0][None] if flattened else rows
 
-    for name in names:
-        out[name] = of_tokens(out[name], name)
+    unfilled = {name: _unfilled(name, out, columns) for name in names}
+    for name, rows in unfilled.items():
+        out[name] = of_tokens(rows, name)
     for name in sorted(no_tensors):
         warnings.warn(
             f"{name} has what is no tensor: that of virtual tokens, {m} for each text, stays in it",
@@ -85,6 +86,23 @@ def of_text(out: Any, laid_out: LaidOut, model: Any, tried: Callable[[], Tried],
         for name in added:
             out[name] = rest[name]
     return out
+
+
+def _unfilled(name: str, out: Any, columns: tuple[int, int]) -> Any:
+    """Inner states in the batch's columns, where the last one is: BigBird and Pegasus-X fill blocks up behind them."""
+    states = out[name]
+    if name not in _STATES or not isinstance(states, tuple) or not states:
+        return states
+    filled, last = getattr(states[0], "shape", ())[:2], out.get(name.replace("hidden_states", "last_hidden_state"))
+    if filled == columns or getattr(states[-1] if last is None else last, "shape", ())[:2] != columns:
+        return states
+
+    def cut(rows: Any) -> Any:
+        if isinstance(rows, tuple):  # Pegasus-X: with the rows of its global tokens
+            return tuple(map(cut, rows))
+        return rows[:, : columns[1]] if torch.is_tensor(rows) and rows.shape[:2] == filled else rows
+
+    return cut(states)
 
 
 def _is_of_text(name: str, has_decoder: bool) -> bool:

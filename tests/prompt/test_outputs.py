@@ -76,6 +76,37 @@ def test_encoder_states_have_no_rows_of_the_prompt():
     assert out.encoder_hidden_states[0].shape[:2] == ids.shape and out.logits.shape[1] == 2
 
 
+@pytest.mark.parametrize("class_name", ["BigBirdModel", "BigBirdForMaskedLM", "PegasusXModel"])
+@pytest.mark.parametrize("n", [40, 41])
+def test_inner_states_of_blocks_that_a_model_fills_up(class_name, n):
+    """BigBird and Pegasus-X put columns behind the batch, and take them off what they return alone."""
+    kind = getattr(transformers, class_name)
+    sizes = {"vocab_size": zoo.V, "pad_token_id": 0}
+    if class_name.startswith("BigBird"):
+        sizes |= {"hidden_size": zoo.D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        sizes |= {"block_size": 2, "num_random_blocks": 1}
+    else:
+        sizes |= {"d_model": zoo.D, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 48, "block_size": 4}
+        sizes |= {"decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        sizes |= {"num_global_tokens": 60}
+    model = kind(kind.config_class(**sizes)).eval().requires_grad_(False)
+    prompt = SoftPrompt(model, 3)
+    ids = torch.randint(5, zoo.V, (2, n))
+    options = {"decoder_input_ids": ids[:, :2]} if prompt.info.has_decoder else {}
+    name = "encoder_hidden_states" if options else "hidden_states"
+
+    def states(one, *args, **given):
+        found = one(*args, **given, **options, output_hidden_states=True)[name]
+        return [tensor for state in found for tensor in (state if isinstance(state, tuple) else (state,))]
+
+    expected = states(model, **prompt(ids))
+    assert any(one.shape[1] == 44 for one in expected)  # a whole number of blocks
+    found = states(PromptedModel(model, prompt=prompt).eval(), ids)
+    assert len(found) == len(expected) == 3 + bool(options)
+    for one, other in zip(found, expected):
+        assert zoo.same(one, other if other.shape[1] == 60 else other[:, 3 : n + 3])
+
+
 @pytest.mark.parametrize("n", [5, 6, 9])
 def test_regions_of_images_that_are_as_many_as_columns(n):
     """LXMERT's are 36 whatever the text: here 9, behind 3 virtual tokens."""
