@@ -77,7 +77,8 @@ def write_adapter(
     """The card of a soft prompt, from the settings that are saved with it."""
     base, class_name = config["base_model_name_or_path"] or "", class_of(model).__name__
     encoder, bank = settings["encoder"] or {}, settings["num_prompts"] is not None
-    which = ", prompt_index=prompt_index" * bank
+    given = "input_ids, attention_mask" + ", prompt_index=prompt_index" * bank
+    call = f"prompt.generate({given})" if config["task_type"] == "SEQ_2_SEQ_LM" else f"model(**prompt({given}))"
     facts = {
         "task": config["task_type"],
         "virtual tokens": config["num_virtual_tokens"],
@@ -92,7 +93,7 @@ from ptuning_fast import SoftPrompt
 
 model = {class_name}.from_pretrained({base or "..."!r}).requires_grad_(False)
 prompt = SoftPrompt.from_pretrained(model, "path/to/this/folder")  # or its name on the hub
-output = model(**prompt(input_ids, attention_mask{which}))
+output = {call}
 """
     if not bank:
         code += '\n# or: peft.PeftModel.from_pretrained(model, "path/to/this/folder")\n'

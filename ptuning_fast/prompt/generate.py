@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 
 from ..models.embedding import device_of, prepend, rows_of
 from ..models.families import has_own_parts, is_written_in
-from ..models.info import ModelInfo, fits, unwrapped
+from ..models.info import ModelInfo, fits, unwrapped, uses_adapter
 from ..models.probe import off_by, tolerance
 from ..models.trial import held_by, is_changed, one_at_a_time, ordinary_tokens, padded, quietly
 from ..modes.outputs import CACHES
@@ -139,7 +139,7 @@ def _settings(model: Any, options: dict[str, Any]) -> Any:
 
 
 def check_for_ids(model: Any, options: dict[str, Any]) -> None:
-    """ValueError for what transformers does right with ids alone: a prefill in chunks, and drafts."""
+    """ValueError for what comes out right with ids alone: a prefill in chunks, drafts, and PEFT's activated LoRA."""
     settings = _settings(model, options)
     size = settings.prefill_chunk_size
     if size:
@@ -148,6 +148,12 @@ def check_for_ids(model: Any, options: dict[str, Any]) -> None:
         raise ValueError(
             "assistant_model, assistant_early_exit and prompt_lookup_num_tokens draft from ids, and a prompt is given "
             "as embeddings, behind which transformers fails or takes wrong tokens: leave them out"
+        )
+    adapters = getattr(model, "peft_config", {}).values()
+    if uses_adapter(model) and any(getattr(one, "alora_invocation_tokens", None) for one in adapters):
+        raise ValueError(
+            "a LoRA with alora_invocation_tokens finds its place by ids, and is off behind embeddings, in training as "
+            "well: take a LoRA without them, or generate in its disable_adapter()"
         )
 
 

@@ -47,6 +47,19 @@ def test_card(tmp_path):
     assert "LlamaForCausalLM.from_pretrained('some/llama')" in code
 
 
+def test_the_code_on_the_card_of_an_encoder_decoder_runs(tmp_path):
+    """Its forward would need what the decoder is given."""
+    model = zoo.build("T5")
+    model.save_pretrained(tmp_path / "model")
+    model = type(model).from_pretrained(tmp_path / "model")
+    SoftPrompt(model, 5).save_pretrained(tmp_path / "prompt")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "prompt" / adapter.CARD).read_text(), re.DOTALL)
+    code = code.replace("path/to/this/folder", str(tmp_path / "prompt")).replace("'...'", f"'{tmp_path / 'model'}'")
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}
+    exec(code, inputs)
+    assert inputs["output"].shape[0] == 2
+
+
 def test_a_cards_code_runs(tmp_path, minilm):
     """With the names of the folders in it."""
     from transformers import BertModel

@@ -129,6 +129,19 @@ def test_a_prefill_in_chunks_is_refused(own, torch_backend):
             one.generate(torch.tensor([[5, 6, 7]]), **options)
 
 
+def test_an_activated_lora_is_refused(torch_backend):
+    """PEFT finds its tokens by ids: behind embeddings, as in training, it is off."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(zoo.build("Llama"), lora)
+    options = {"max_new_tokens": 2, "pad_token_id": 0}
+    for one in (SoftPrompt(model, zoo.M), PromptedModel(model, zoo.M)):
+        with pytest.raises(ValueError, match="alora_invocation_tokens finds its place by ids"):
+            one.generate(torch.tensor([[5, 6, 7]]), **options)
+        with model.disable_adapter():
+            assert one.generate(torch.tensor([[5, 6, 7]]), **options).shape[0] == 1
+
+
 def test_a_model_that_generates_nothing(torch_backend):
     model = transformers.BertModel(zoo.build("BERT").config)
     for one in (SoftPrompt(model, zoo.M), PromptedModel(model, zoo.M)):
