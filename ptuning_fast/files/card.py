@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..models import unwrapped
 from ..models.families import class_of
 from . import adapter
 
@@ -79,6 +80,7 @@ def write_adapter(
     encoder, bank = settings["encoder"] or {}, settings["num_prompts"] is not None
     given = "input_ids, attention_mask" + ", prompt_index=prompt_index" * bank
     call = f"prompt.generate({given})" if config["task_type"] == "SEQ_2_SEQ_LM" else f"model(**prompt({given}))"
+    labels = _labels(model) if config["task_type"] in ("SEQ_CLS", "TOKEN_CLS") else ""
     facts = {
         "task": config["task_type"],
         "virtual tokens": config["num_virtual_tokens"],
@@ -91,13 +93,20 @@ def write_adapter(
 from transformers import {class_name}
 from ptuning_fast import SoftPrompt
 
-model = {class_name}.from_pretrained({base or "..."!r}).requires_grad_(False)
+model = {class_name}.from_pretrained({base or "..."!r}{labels}).requires_grad_(False)
 prompt = SoftPrompt.from_pretrained(model, "path/to/this/folder")  # or its name on the hub
 output = {call}
 """
     if not bank:
         code += '\n# or: peft.PeftModel.from_pretrained(model, "path/to/this/folder")\n'
     _write(folder, _KINDS["prompt"], base, facts, code, figures)
+
+
+def _labels(model: Any) -> str:
+    """What a classifier's checkpoint may not say, as an argument: the names of the classes, or how many there are."""
+    names = unwrapped(model).config.id2label
+    named = any(name != f"LABEL_{number}" for number, name in names.items())
+    return f", id2label={names!r}" if named else f", num_labels={len(names)}"
 
 
 def write_classifier(folder: str | Path, settings: dict[str, Any], figures: dict[str, Any] | None) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import yaml
 import zoo
 from huggingface_hub.utils import filter_repo_objects
@@ -58,6 +59,22 @@ def test_the_code_on_the_card_of_an_encoder_decoder_runs(tmp_path):
     inputs = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}
     exec(code, inputs)
     assert inputs["output"].shape[0] == 2
+
+
+@pytest.mark.parametrize("task", ["Sequence", "Token"])
+@pytest.mark.parametrize("given", [{"num_labels": 3}, {"num_labels": 1}, {"id2label": {0: "bad", 1: "it's good"}}])
+def test_the_card_of_a_classifier_has_its_classes(task, given, tmp_path, minilm):
+    """A checkpoint without a head does not name them."""
+    kind = getattr(transformers, f"BertFor{task}Classification")
+    model = kind.from_pretrained(minilm, **given).eval()
+    prompt = SoftPrompt(model, 5)
+    prompt.save_pretrained(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / adapter.CARD).read_text(), re.DOTALL)
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}
+    loaded = dict(inputs)
+    exec(code.replace("path/to/this/folder", str(tmp_path)), loaded)
+    assert torch.equal(loaded["output"].logits, model(**prompt(**inputs)).logits)
+    assert loaded["model"].config.id2label == model.config.id2label
 
 
 def test_a_cards_code_runs(tmp_path, minilm):
